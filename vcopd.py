@@ -1,0 +1,1496 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0",
+#     "transformers==5.23.0",
+#     "numpy==2.4.6",
+#     "tqdm==4.70.1",
+#     "pytest==9.2.0",
+# ]
+# ///
+"""Verifier-Calibrated On-Policy Distillation (VC-OPD): a reference implementation in one file.
+
+A language model learns a new skill without forgetting its old ones: it trains on its own samples,
+a verifier says how good they are, and a teacher may only add hints inside that verdict.
+
+    python vcopd.py --task codeedit        # 8 minutes on 2 cores the first time, 4 afterwards
+    python vcopd.py --task arithmetic      # 2 minutes
+    python vcopd.py --task codeedit --method rl      # the same loop without a teacher
+
+One training step, in the order of this file (P prompts, K rollouts each, B = P*K, T tokens):
+
+    Step 1  format      SFT on a separate adapter, only if needed       train_format
+    Step 2  rollouts    y_1..y_K ~ pi_theta(.|x)                                sample
+    Step 3  verdict     Eq. 1  R_i = V(x, y_i)                                  train_step
+                        Eq. 2  A_i = (R_i - mean R) / (std R + 1e-4)            group_advantage
+    Step 4  hints       Eq. 3  D_t = clip(log T(a_t|s_t, hint) - log pi_old)    teacher_gap
+                        Eq. 4  G_i = sigmoid(A_i)                               GATES
+                        Eq. 5  A_dense = A_i + lambda * G_i * D_t               dense_advantage
+    Step 5  update      Eq. 6  rho_t = pi_theta / pi_old                        vcopd_loss
+                        Eq. 7  L_policy = -mean min(rho A, clip(rho) A)         vcopd_loss
+                        Eq. 8  L_kl = beta * KL(pi_theta || pi_ref), exact      vcopd_loss
+                        Eq. 9  beta *= 1.2 if KL > target else 0.95             adapt_kl_coef
+                        Eq. 10 H = entropy, exact                               token_terms
+                        Eq. 11 L = L_policy + L_kl - eta * H                    vcopd_loss
+    Step 6  replay      Eq. 12 L_total = (1 - r) * L + r * L_replay             update
+
+One frozen model plays every role; named LoRA adapters and the prompt decide which one:
+
+    pi_0, the base          no adapter                      the prompt
+    pi_ref, KL anchor       {format} if Step 1 ran          the prompt
+    pi_theta, the student   {format} + {policy}             the prompt
+    T, the self teacher     as pi_ref                       the prompt and the privileged hint
+
+Where this differs from the essay (each is marked `differs:` on its line):
+
+    1. KL is held to the model after Step 1, else the guard fights the format just learnt.
+    2. Replay is plain NLL without a PPO ratio: its pi_old is many steps old.
+    3. A group whose rewards are all equal gets A = 0 exactly, decided on max - min.
+    4. Every training log-prob is taken at the sampling temperature, in every role.
+    5. The reward's three penalties are each held in [0, 1], so no pass is below a fail.
+
+Shapes: every per-token tensor is (B, T) on completion positions, next to a mask that is True up to
+and including the first stop token. Letters: P prompts, K rollouts, B rows, T tokens, V vocabulary,
+D hidden size, N tokens picked by a mask.
+"""
+
+import argparse
+import contextlib
+import difflib
+import hashlib
+import io
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
+from pathlib import Path
+
+import tasks
+
+# =============================================================================================
+# Configuration. It comes before the heavy imports, so that --help and a mistyped option answer
+# at once.
+# =============================================================================================
+
+INF = float("inf")
+
+
+def knob(default, text, low=None, high=None, choices=None):
+    """A field of Config with its help text and the values it accepts."""
+    return field(default=default, metadata={"help": text, "low": low, "high": high,
+                                            "choices": choices, "kind": type(default)})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every choice of a run. The defaults are the essay's, for a real model on one GPU."""
+
+    # run
+    task: str = knob("codeedit", "what to learn", choices=sorted(tasks.TASKS))
+    method: str = knob("vcopd", "preset of the one loop",
+                       choices=["vcopd", "rl", "opd", "sft"])
+    model: str = knob("tiny", "tiny (built here), a Hugging Face id or a folder")
+    teacher: str = knob("self", "self: the frozen model with the hint in its prompt; none",
+                        choices=["self", "none"])
+    data: str = knob("", "train on the problems of this file (JSON lines)")
+    eval_data: str = knob("", "evaluate on the problems of this file")
+    benchmark: str = knob("", "general benchmark: a file in HumanEval's format")
+    out: str = knob("", "run folder; runs/TASK-METHOD-sSEED when empty")
+    seed: int = knob(0, "seed of everything that is drawn in training", low=0)
+    device: str = knob("auto", "auto, cpu, cuda, cuda:1, mps")
+    dtype: str = knob("auto", "of the frozen base",
+                      choices=["auto", "float32", "bfloat16"])
+    # rollouts
+    steps: int = knob(500, "training steps", low=1)
+    prompts: int = knob(16, "P, prompts in a step", low=1)
+    rollouts: int = knob(4, "K, answers sampled for each prompt", low=1)
+    temperature: float = knob(0.8, "of sampling and of every training log-prob", low=0.05, high=5.0)
+    top_p: float = knob(0.95, "nucleus of sampling; 1 removes its bias", low=0.01, high=1.0)
+    max_new_tokens: int = knob(512, "longest answer", low=1)
+    # teacher
+    teacher_coef: float = knob(0.2, "lambda of Eq. 5", low=0.0)
+    gap_clip: float = knob(0.5, "bound on D of Eq. 3", low=0.0)
+    gate: str = knob("sigmoid", "G of Eq. 4", choices=["sigmoid", "success", "failure", "none"])
+    # update
+    lora_rank: int = knob(32, "rank of the adapters", low=1)
+    lora_alpha: float = knob(32.0, "the adapters are scaled by alpha / rank", low=0.0)
+    lr: float = knob(1e-5, "learning rate (Adam, constant)", low=0.0)
+    epochs: int = knob(2, "optimiser steps on each batch of rollouts", low=1)
+    ratio_clip: float = knob(0.2, "epsilon of Eq. 7", low=0.0)
+    kl_coef: float = knob(0.01, "beta of Eq. 8 at the start", low=0.0)
+    kl_target: float = knob(0.03, "of Eq. 9, nats per token", low=0.0)
+    entropy_coef: float = knob(0.001, "eta of Eq. 11", low=0.0)
+    max_grad_norm: float = knob(1.0, "gradients are scaled down to this norm", low=0.0)
+    micro_tokens: int = knob(8192, "tokens (prompt and answer) in one forward pass", low=1)
+    # replay
+    replay_share: float = knob(0.1, "r of Eq. 12", low=0.0, high=0.9)
+    replay_every: int = knob(200, "steps between refreshes of the replay pool", low=1)
+    replay_keep: float = knob(0.2, "share of the replay samples that is kept", low=0.01, high=1.0)
+    replay_prompts: int = knob(20, "anchor prompts for each of the seven old skills", low=1)
+    # format (Step 1)
+    format_threshold: float = knob(0.8, "Step 1 runs below this share of well-formed answers",
+                                   low=0.0, high=1.0)
+    format_examples: int = knob(1000, "examples in the one epoch of Step 1", low=1)
+    format_lr: float = knob(5e-5, "learning rate of Step 1", low=0.0)
+    format_rank: int = knob(8, "rank of the format adapter", low=1)
+    # evaluation
+    eval_every: int = knob(100, "steps between looks at held-out problems", low=1)
+    save_every: int = knob(100, "steps between checkpoints", low=1)
+    eval_problems: int = knob(200, "held-out problems in each split", low=2)
+    kl_budget: float = knob(0.05, "largest KL to the base that still counts as improved", low=0.0)
+    unsafe_judge: bool = knob(False, "run answers even where the kernel cannot lock them in")
+
+
+METHODS = {  # presets of the same loop: what is fixed here cannot be set by an option
+    "vcopd": {},
+    "rl": {"teacher_coef": 0.0},  # the verifier alone
+    # blind distillation: no verdict (see train_step), no gate, no clip, and D is all there is
+    "opd": {"gate": "none", "gap_clip": INF, "teacher_coef": 1.0},
+    "sft": {"teacher_coef": 0.0, "replay_share": 0.0},  # imitation of reference answers
+}
+
+TINY = {  # the built-in model has 1 M parameters: what differs from the essay's defaults, and why
+    "steps": 40,  # a minute and a half on 2 cores, and enough
+    "lr": 1e-3,  # small models want larger steps: at 1e-5 nothing moves in 40
+    "max_new_tokens": 96,  # its functions are short
+    "replay_every": 10,  # 200 steps would be never
+    "eval_every": 10,
+    "save_every": 10,
+    "format_examples": 512,
+    "format_lr": 1e-3,  # as lr
+}
+
+
+GROUPS = {  # headings of --help: the option that each begins with
+    "task": "what to run", "steps": "rollouts (Step 2)", "teacher_coef": "teacher (Step 4)",
+    "lora_rank": "update (Step 5)", "replay_share": "replay (Step 6)",
+    "format_threshold": "format (Step 1)", "eval_every": "evaluation",
+}
+
+
+def usage_error(message: str) -> None:
+    """One sentence on the error stream, exit code 2."""
+    print(f"vcopd.py: {message} (see --help)", file=sys.stderr)
+    sys.exit(2)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line, made from Config: every field is an option."""
+    parser = argparse.ArgumentParser(
+        prog="vcopd.py", argument_default=argparse.SUPPRESS, allow_abbrev=False,
+        usage="vcopd.py --task {arithmetic,codeedit} [options]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Teach a language model a new skill without forgetting (VC-OPD).\n\n"
+                    "  python vcopd.py --task codeedit              8 min on 2 cores, then 4\n"
+                    "  python vcopd.py --task arithmetic            2 min\n"
+                    "  python vcopd.py --task codeedit --method rl  the same loop, no teacher")
+    parser.error = usage_error
+    for knob_field in fields(Config):
+        name, meta = knob_field.name, knob_field.metadata
+        if name in GROUPS:
+            group = parser.add_argument_group(GROUPS[name])
+        flag, shown = option(name), f"{meta['help']} [{default_of(name, knob_field.default)}]"
+        if meta["kind"] is bool:
+            group.add_argument(flag, help=meta["help"], action="store_true")
+        else:
+            group.add_argument(flag, help=shown, type=meta["kind"], choices=meta["choices"],
+                               metavar=None if meta["choices"] else meta["kind"].__name__.upper())
+    group.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
+    return parser
+
+
+def option(name: str) -> str:
+    """A field of Config as the user types it."""
+    return f"--{name.replace('_', '-')}"
+
+
+def default_of(name: str, default) -> str:
+    """The default as --help shows it, with the tiny model's where it differs."""
+    return f"{default}; tiny {TINY[name]}" if name in TINY else f"{default}"
+
+
+def check_range(name: str, value, meta: dict) -> None:
+    """A number outside the range of its knob is a usage error."""
+    low, high = meta["low"], meta["high"]
+    if low is not None and not low <= value <= (INF if high is None else high):
+        usage_error(f"{option(name)} is {value}: give a number from {low}"
+                    + (" up" if high is None else f" to {high}"))
+
+
+def saved_config(folder: str, said: dict) -> Config:
+    """The config of a run that is resumed. What was said may only prolong or move it."""
+    try:
+        saved = Config(**json.loads((Path(folder) / "config.json").read_text("utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        usage_error(f"--resume {folder}: no run can be read there ({error})")
+    for name, value in said.items():
+        if name not in ("steps", "save_every", "device") and value != getattr(saved, name):
+            usage_error(f"{option(name)} {value} would break the continuation of a run with "
+                        f"{getattr(saved, name)}: leave it out, or start a new run")
+    return replace(saved, **{**said, "out": folder})
+
+
+def read_config(arguments: list[str]) -> tuple[Config, bool]:
+    """Defaults, then the presets of model, task and method, then what the user said; resuming?"""
+    said = vars(build_parser().parse_args(arguments))
+    folder = said.pop("resume", None)
+    for knob_field in fields(Config):
+        if knob_field.name in said:
+            check_range(knob_field.name, said[knob_field.name], knob_field.metadata)
+    if folder is not None:
+        return saved_config(folder, said), True
+    method, task = said.get("method", Config.method), said.get("task", Config.task)
+    fixed = [name for name in METHODS[method] if name in said]
+    if fixed:
+        usage_error(f"--method {method} fixes {option(fixed[0])} at "
+                    f"{METHODS[method][fixed[0]]}: leave that option out")
+    tiny = TINY if said.get("model", "tiny") == "tiny" else {}
+    cfg = Config(**{**tiny, **tasks.PRESETS[task], **METHODS[method], **said})
+    if task != "codeedit" and (cfg.data or cfg.eval_data):
+        usage_error(f"--data and --eval-data hold code edits: leave them out with --task {task}")
+    return replace(cfg, out=cfg.out or f"runs/{cfg.task}-{cfg.method}-s{cfg.seed}"), False
+
+
+if __name__ == "__main__":
+    CONFIG, RESUMING = read_config(sys.argv[1:])  # before the imports that take seconds
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+
+class RunError(Exception):
+    """Something a user can mend; shown as one sentence, exit code 2."""
+
+
+# #############################################################################################
+#
+#   PART I - THE METHOD: one training step, from top to bottom
+#
+# #############################################################################################
+
+# =============================================================================================
+# Sequences: padded rows of token ids
+# =============================================================================================
+
+
+@dataclass
+class Batch:
+    """B completions, each behind its own context."""
+
+    contexts: list[list[int]]  # B prompts as token ids, of any lengths
+    completion: Tensor  # (B, T) ids, padded on the right
+    mask: Tensor  # (B, T) True up to and including the first stop token
+
+    def rows(self, index: Tensor) -> "Batch":
+        """The chosen rows, cut to their longest completion."""
+        longest = int(self.mask[index].sum(1).max())
+        return Batch([self.contexts[i] for i in index.tolist()],
+                     self.completion[index, :longest], self.mask[index, :longest])
+
+
+def pad(rows: list[list[int]], value: int, left: bool = False) -> tuple[Tensor, Tensor]:
+    """Lists of ids as one (B, L) tensor, and the (B, L) mask of what is not padding."""
+    longest = max(map(len, rows))
+    lengths = torch.tensor([len(row) for row in rows])[:, None]
+    places = torch.arange(longest)
+    mask = places >= longest - lengths if left else places < lengths  # (B, L)
+    ids = torch.full((len(rows), longest), value)
+    return ids.masked_scatter(mask, torch.tensor([i for row in rows for i in row])), mask
+
+
+def stop_mask(completion: Tensor, stop_ids: Tensor) -> Tensor:
+    """True up to and including the first stop token of each row: (B, T) -> (B, T).
+
+    The stop is found by position: pad may be the same token as eos, and its first must be learnt.
+    """
+    stops = torch.isin(completion, stop_ids).long()
+    return stops.cumsum(1) - stops == 0
+
+
+def seeded(*parts) -> torch.Generator:
+    """A generator that depends on nothing but its name: ("rollout", seed, step), say.
+
+    No generator has a state to save, and an evaluation cannot disturb training.
+    """
+    digest = hashlib.sha256(repr(parts).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+# =============================================================================================
+# Roles: one frozen model, and named LoRA adapters that are switched on and off
+# =============================================================================================
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer with named low-rank updates: y = W x + (alpha / r) B A x.
+
+    Hu et al. 2021, arXiv:2106.09685. Adapters are float32 whatever the dtype of the base.
+    """
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.base = base
+        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
+        self.scale: dict[str, float] = {}
+        self.active: tuple[str, ...] = ()
+
+    def add(self, name: str, rank: int, alpha: float, generator: torch.Generator) -> None:
+        """A new adapter: A Kaiming uniform, B zero, so that it starts as the identity."""
+        bound = 1 / math.sqrt(self.base.in_features)
+        a = torch.empty(rank, self.base.in_features).uniform_(-bound, bound, generator=generator)
+        device = self.base.weight.device
+        self.lora_A[name] = nn.Parameter(a.to(device))
+        self.lora_B[name] = nn.Parameter(torch.zeros(self.base.out_features, rank, device=device))
+        self.scale[name] = alpha / rank
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        for name in self.active:
+            low = F.linear(x.to(self.lora_A[name].dtype), self.lora_A[name])
+            y = y + (F.linear(low, self.lora_B[name]) * self.scale[name]).to(y.dtype)
+        return y
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """Every wrapped layer by its name in the model."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+def wrap_linears(model: nn.Module) -> None:
+    """Freeze the model and wrap each linear layer of attention and MLP, the head excepted."""
+    model.requires_grad_(False)
+    for parent in list(model.base_model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear) and not isinstance(parent, LoRALinear):
+                setattr(parent, name, LoRALinear(child))
+
+
+def add_adapter(model: nn.Module, name: str, rank: int, alpha: float, seed: int) -> None:
+    """Add one named adapter to every wrapped layer."""
+    generator = seeded("adapter", name, seed)
+    for layer in lora_layers(model).values():
+        layer.add(name, rank, alpha, generator)
+
+
+def adapter_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
+    """The trainable A and B of one adapter."""
+    layers = lora_layers(model).values()
+    return [p for layer in layers for p in (layer.lora_A[name], layer.lora_B[name])]
+
+
+@contextlib.contextmanager
+def adapters(model: nn.Module, names: tuple[str, ...]):
+    """Switch on exactly these adapters inside the block; nests, and survives exceptions."""
+    layers = lora_layers(model).values()
+    before = [layer.active for layer in layers]
+    for layer in layers:
+        layer.active = names
+    try:
+        yield
+    finally:
+        for layer, active in zip(layers, before, strict=True):
+            layer.active = active
+
+
+BASE: tuple[str, ...] = ()  # pi_0: no adapter at all
+
+
+@dataclass
+class Policy:
+    """The frozen model in all its roles, and the tokenizer that belongs to it."""
+
+    model: nn.Module
+    tokenizer: object
+    stop_ids: Tensor
+    pad_id: int
+    reference: tuple[str, ...] = BASE  # pi_ref and the self teacher. differs: after Step 1
+    specialist: bool = False  # the teacher is the adapter of that name
+    stronger: "Policy | None" = None  # the teacher is another model
+
+    @property
+    def teacher(self) -> "tuple[Policy, tuple[str, ...]]":
+        """The model and the adapters of T: itself, unless another one was named."""
+        if self.stronger:
+            return self.stronger, BASE
+        return self, ("specialist",) if self.specialist else self.reference
+
+    @property
+    def student(self) -> tuple[str, ...]:
+        """The adapters of pi_theta."""
+        return (*self.reference, "policy")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives."""
+        return self.stop_ids.device
+
+    def encode(self, prompt: str) -> list[int]:
+        """A user message as the ids that the model continues, with exactly one BOS."""
+        if self.tokenizer.chat_template is None:
+            return self.tokenizer(prompt + "\n").input_ids
+        message = [{"role": "user", "content": prompt}]
+        text = self.tokenizer.apply_chat_template(
+            message, tokenize=False, add_generation_prompt=True)
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def decode(self, batch: Batch) -> list[str]:
+        """Completions as text, for the verifier and for people; training keeps the ids."""
+        rows = [ids[mask].tolist() for ids, mask in zip(batch.completion, batch.mask, strict=True)]
+        return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+
+# =============================================================================================
+# Step 2 - rollouts: y_1 .. y_K ~ pi_theta(.|x)
+# =============================================================================================
+
+
+def draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
+    """One token for each row: logits (B, V) -> (B,). Temperature 0 is greedy.
+
+    The nucleus is the smallest set of most likely tokens whose probability reaches top_p.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs, order = F.softmax(logits.float() / temperature, -1).sort(-1, descending=True)
+    probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)  # (B, V)
+    uniform = torch.rand(len(probs), 1, generator=generator).to(probs.device)
+    total = probs.cumsum(-1)
+    choice = torch.searchsorted(total, uniform * total[:, -1:], right=True)
+    return order.gather(-1, choice.clamp(max=int(probs.shape[-1]) - 1))[:, 0]
+
+
+@torch.no_grad()
+def sample(policy: Policy, role: tuple[str, ...], prompts: list[list[int]], k: int,
+           cfg: Config, generator: torch.Generator) -> Batch:
+    """K completions of each prompt, prompt-major: rows i*K .. i*K+K-1 answer prompt i.
+
+    Each prompt is read once and its cache shared by its K rollouts; finished rows are dropped.
+    """
+    ids, seen = (t.to(policy.device) for t in pad(prompts, policy.pad_id, left=True))
+    completion = torch.full((len(prompts) * k, cfg.max_new_tokens), policy.pad_id)
+    completion = completion.to(policy.device)
+    alive = torch.arange(len(completion), device=policy.device)
+    with adapters(policy.model, role):
+        out = policy.model.base_model(ids, attention_mask=seen.long(), use_cache=True,
+                                      position_ids=(seen.cumsum(1) - 1).clamp(min=0))
+        cache = out.past_key_values
+        cache.batch_repeat_interleave(k)
+        hidden = out.last_hidden_state[:, -1].repeat_interleave(k, 0)  # (B, D)
+        seen = seen.repeat_interleave(k, 0)
+        for t in range(cfg.max_new_tokens):
+            token = draw(head(policy.model, hidden), cfg.temperature, cfg.top_p, generator)
+            completion[alive, t] = token
+            going = ~torch.isin(token, policy.stop_ids)
+            if not going.all():
+                cache.batch_select_indices(going.nonzero()[:, 0])
+                alive, token, seen = alive[going], token[going], seen[going]
+            if not len(alive):
+                break
+            seen = F.pad(seen, (0, 1), value=True)
+            out = policy.model.base_model(
+                token[:, None], attention_mask=seen.long(), use_cache=True,
+                position_ids=seen.sum(1, keepdim=True) - 1, past_key_values=cache)
+            hidden = out.last_hidden_state[:, -1]
+    contexts = [prompt for prompt in prompts for _ in range(k)]
+    mask = stop_mask(completion, policy.stop_ids)
+    return Batch(contexts, completion, mask).rows(torch.arange(len(completion)))
+
+
+# =============================================================================================
+# Scoring: what a role thinks of given completions
+# =============================================================================================
+
+
+def head(model: nn.Module, hidden: Tensor) -> Tensor:
+    """Hidden states (..., D) -> logits (..., V), as the model's own forward makes them."""
+    logits = model.get_output_embeddings()(hidden)
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def completion_hidden(policy: Policy, role: tuple[str, ...], batch: Batch) -> Tensor:
+    """The hidden states that predict each completion token under a role: (B, T, D).
+
+    Padding stands on the right of a causal model, so no real token sees it.
+    """
+    rows = [c + y.tolist() for c, y in zip(batch.contexts, batch.completion, strict=True)]
+    ids = pad(rows, policy.pad_id)[0].to(policy.device)
+    with adapters(policy.model, role):
+        hidden = policy.model.base_model(ids, use_cache=False).last_hidden_state  # (B, L, D)
+    first = torch.tensor([len(c) - 1 for c in batch.contexts], device=policy.device)
+    where = first[:, None] + torch.arange(batch.mask.shape[1], device=policy.device)  # (B, T)
+    return hidden.gather(1, where[..., None].expand(-1, -1, hidden.shape[-1]))
+
+
+def token_logps(model: nn.Module, temperature: float, ids: Tensor, hidden: Tensor) -> Tensor:
+    """log pi(a_t|s_t) at the sampling temperature, in float32: ids (N,), hidden (N, D) -> (N,)."""
+    logits = head(model, hidden).float() / temperature  # differs: tempered in every role
+    return F.log_softmax(logits, -1).gather(-1, ids[:, None])[:, 0]
+
+
+def token_terms(model: nn.Module, temperature: float, ids: Tensor, hidden: Tensor,
+                hidden_ref: Tensor) -> Tensor:
+    """Stacked (3, N): log pi_theta(a_t|s_t), KL(pi_theta || pi_ref) and entropy, both exact."""
+    logp = F.log_softmax(head(model, hidden).float() / temperature, -1)  # (N, V)
+    logp_ref = F.log_softmax(head(model, hidden_ref).float() / temperature, -1)
+    kl = (logp.exp() * (logp - logp_ref)).sum(-1)
+    entropy = -(logp.exp() * logp).sum(-1)  # Eq. 10
+    return torch.stack([logp.gather(-1, ids[:, None])[:, 0], kl, entropy])
+
+
+CHUNK = 1024  # tokens whose (N, V) logits exist at one time
+
+
+def on_tokens(terms, batch: Batch, *hidden: Tensor) -> Tensor:
+    """Apply `terms(ids, *hidden)` to the unmasked tokens, some at a time: -> (..., B, T).
+
+    No (B, T, V) tensor ever exists: chunks are recomputed in the backward pass. Padding is 0.
+    """
+    picked = [batch.completion[batch.mask], *(h[batch.mask] for h in hidden)]
+    chunks = [checkpoint(terms, *chunk, use_reentrant=False)
+              for chunk in zip(*(t.split(CHUNK) for t in picked), strict=True)]
+    flat = torch.cat(chunks, -1)  # (..., N)
+    out = flat.new_zeros(*flat.shape[:-1], *batch.mask.shape)
+    return out.masked_scatter(batch.mask.expand_as(out), flat)
+
+
+# =============================================================================================
+# Step 3 - verdict: the advantage of each rollout within its group
+# =============================================================================================
+
+
+def group_advantage(reward: Tensor, k: int) -> Tensor:
+    """Rewards (B,), prompt-major, compared within each group of K -> advantages (B,)."""
+    group = reward.view(-1, k)  # (P, K)
+    std, mean = torch.std_mean(group, 1, correction=0, keepdim=True)
+    advantage = (group - mean) / (std + 1e-4)  # Eq. 2
+    tied = group.amax(1, keepdim=True) == group.amin(1, keepdim=True)
+    return advantage.masked_fill(tied, 0.0).view(-1)  # differs: exactly 0, float noise is no signal
+
+
+# =============================================================================================
+# Step 4 - hints: the teacher's gap, clipped, gated by the verdict
+# =============================================================================================
+
+GATES = {  # advantage (B,) -> gate (B,)
+    "sigmoid": torch.sigmoid,  # Eq. 4
+    "success": lambda advantage: (advantage > 0).float(),  # hints on successes only (SDPG)
+    "failure": lambda advantage: torch.sigmoid(-advantage),  # hints mostly on failures (SRPO)
+    "none": torch.ones_like,
+}
+
+
+def teacher_gap(logp_teacher: Tensor | None, logp_old: Tensor, clip: float) -> Tensor:
+    """How much more the teacher likes each sampled token, clipped: (B, T). Carries no gradient."""
+    if logp_teacher is None:  # without a teacher
+        return torch.zeros_like(logp_old)
+    return (logp_teacher - logp_old).clamp(-clip, clip).detach()  # Eq. 3
+
+
+def dense_advantage(advantage: Tensor, gap: Tensor, cfg: Config) -> Tensor:
+    """Sequence verdict (B,) and token hints (B, T) in one advantage (B, T), never normalised."""
+    gate = GATES[cfg.gate](advantage)[:, None]
+    return advantage[:, None] + cfg.teacher_coef * gate * gap  # Eq. 5
+
+
+# =============================================================================================
+# Step 5 - update: clipped policy loss, exact KL, entropy
+# =============================================================================================
+
+
+@dataclass
+class Experience:
+    """A micro-batch of scored rollouts: all that the loss needs, and nothing with a gradient."""
+
+    batch: Batch
+    index: Tensor  # (b,) row numbers in the whole batch
+    advantage: Tensor  # (b,)
+    hidden_ref: Tensor  # (b, T, D) of pi_ref: its logits would be V / D times larger
+    logp_teacher: Tensor | None = None  # (b, T)
+    logp_old: Tensor | None = None  # (b, T), seen in the first epoch, before any update
+    gap: Tensor | None = None  # (b, T)
+
+
+def token_mean(values: Tensor, mask: Tensor, tokens: int) -> Tensor:
+    """Sum over completion tokens, divided by the token count of the whole batch."""
+    return torch.where(mask, values, 0).sum() / tokens
+
+
+def vcopd_loss(terms: Tensor, part: Experience, kl_coef: float, tokens: int,
+               cfg: Config) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of one micro-batch and what to log. `terms` (3, b, T) are of `token_terms`.
+
+    In the first epoch rho is 1 and advantages are centred, so the *value* is about 0: its gradient
+    is not.
+    """
+    logp, kl, entropy = terms
+    mask, eps = part.batch.mask, cfg.ratio_clip
+    assert logp.shape == mask.shape == part.logp_old.shape == part.gap.shape
+    advantage = dense_advantage(part.advantage, part.gap, cfg)  # (b, T)
+    ratio = (logp - part.logp_old).exp()  # Eq. 6
+    objective = torch.minimum(ratio * advantage, ratio.clamp(1 - eps, 1 + eps) * advantage)
+    policy_loss = -token_mean(objective, mask, tokens)  # Eq. 7
+    kl_mean = token_mean(kl, mask, tokens)
+    kl_loss = kl_coef * kl_mean  # Eq. 8
+    entropy_mean = token_mean(entropy, mask, tokens)
+    loss = policy_loss + kl_loss - cfg.entropy_coef * entropy_mean  # Eq. 11
+    clipped = (objective < ratio * advantage).float()
+    hint = (advantage - part.advantage[:, None]).abs()
+    share = hint / (hint + part.advantage.abs()[:, None]).clamp(min=1e-12)
+    return loss, {"policy_loss": policy_loss, "kl": kl_mean, "entropy": entropy_mean,
+                  "ratio_clipped": token_mean(clipped, mask, tokens),
+                  "teacher_share": token_mean(share, mask, tokens)}
+
+
+def adapt_kl_coef(kl_coef: float, kl: float, cfg: Config) -> float:
+    """Tighten the guard when the policy strays, relax it otherwise.
+
+    The rule is stationary when KL is above the target on 22 % of updates (1.2^.22 * .95^.78 = 1),
+    so the average KL settles below the target.
+    """
+    kl_coef = kl_coef * (1.2 if kl > cfg.kl_target else 0.95)  # Eq. 9
+    return min(max(kl_coef, 1e-4), 10.0)
+
+
+# =============================================================================================
+# Step 6 - replay: old skills, in the current student's own words
+# =============================================================================================
+
+
+def refresh_replay(policy: Policy, anchors: list[tasks.Example], seed: int, step: int,
+                   cfg: Config) -> Batch:
+    """Answers of the current student to anchor prompts: the best `replay_keep` of them.
+
+    Best by verifier score, and among equals by self-confidence (mean log-prob of a token).
+    """
+    prompts = [policy.encode(example.prompt) for example in anchors]
+    batch = sample(policy, policy.student, prompts, 1, cfg, seeded("replay", seed, step))
+    verdicts = [tasks.verify_skill(*pair) for pair in zip(anchors, policy.decode(batch),
+                                                           strict=True)]
+    with torch.no_grad():
+        hidden = completion_hidden(policy, policy.student, batch)
+        logp = on_tokens(partial(token_logps, policy.model, cfg.temperature), batch, hidden)
+    confidence = (logp.sum(1) / batch.mask.sum(1)).tolist()
+    order = sorted(range(len(anchors)), key=lambda i: (verdicts[i].reward, confidence[i]))
+    kept = order[-math.ceil(cfg.replay_keep * len(anchors)):]
+    return batch.rows(torch.tensor(kept))
+
+
+def nll_loss(policy: Policy, role: tuple[str, ...], batch: Batch, temperature: float,
+             tokens: int) -> Tensor:
+    """Negative log-likelihood over `tokens`. differs: no PPO ratio, pi_old is long gone."""
+    hidden = completion_hidden(policy, role, batch)
+    logp = on_tokens(partial(token_logps, policy.model, temperature), batch, hidden)
+    return -token_mean(logp, batch.mask, tokens)
+
+
+# =============================================================================================
+# One training step
+# =============================================================================================
+
+
+@dataclass
+class State:
+    """All that training changes: exactly what a checkpoint holds."""
+
+    optimizer: torch.optim.Optimizer
+    kl_coef: float
+    step: int = 0
+    replay: Batch | None = None
+
+
+def verify_all(verify, examples: list, answers: list[str]) -> list[tasks.Verdict]:
+    """Judge every answer, several at a time: the verifier may wait for other processes."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(verify, examples, answers))
+
+
+def micro_batches(batch: Batch, most: int) -> list[Tensor]:
+    """Row numbers in groups of similar length, each at `most` so many tokens when padded."""
+    lengths = torch.tensor([len(c) for c in batch.contexts]) + batch.mask.sum(1).cpu()
+    groups, group = [], []
+    for row in lengths.argsort(stable=True).tolist():
+        if group and (len(group) + 1) * int(lengths[row]) > most:
+            groups.append(torch.tensor(group))
+            group = []
+        group.append(row)
+    return [*groups, torch.tensor(group)]
+
+
+@torch.no_grad()
+def ask_reference(policy: Policy, batch: Batch, advantage: Tensor,
+                  cfg: Config) -> list[Experience]:
+    """Micro-batches of the rollouts, each with what the reference thinks of them."""
+    return [Experience(part, index, advantage[index.to(advantage.device)],
+                       completion_hidden(policy, policy.reference, part))
+            for index in micro_batches(batch, cfg.micro_tokens)
+            for part in [batch.rows(index)]]
+
+
+@torch.no_grad()
+def ask_teacher(policy: Policy, part: Experience, examples: list, cfg: Config) -> Tensor:
+    """log T(a_t|s_t, hint) of the student's very ids, behind the privileged prompt: (b, T)."""
+    teacher, role = policy.teacher
+    hints = [policy.encode(tasks.privileged_prompt(examples[i])) for i in part.index.tolist()]
+    hinted = replace(part.batch, contexts=hints)
+    score = partial(token_logps, teacher.model, cfg.temperature)
+    return on_tokens(score, hinted, completion_hidden(teacher, role, hinted))
+
+
+def total_loss(loss: Tensor | float, loss_replay: Tensor | float, share: float) -> Tensor:
+    """The new task and the old skills in one loss."""
+    return (1 - share) * loss + share * loss_replay  # Eq. 12
+
+
+def update(policy: Policy, parts: list[Experience], replay: Batch | None, state: State,
+           cfg: Config) -> dict[str, float]:
+    """One optimiser step on the whole batch; gradients of the micro-batches add up."""
+    share = 0.0 if replay is None else cfg.replay_share
+    tokens = sum(int(part.batch.mask.sum()) for part in parts)
+    sums: dict[str, float] = {}
+    for part in parts:
+        hidden = completion_hidden(policy, policy.student, part.batch)
+        terms = on_tokens(partial(token_terms, policy.model, cfg.temperature), part.batch,
+                          hidden, part.hidden_ref)
+        if part.logp_old is None:  # before the first update, the student is pi_old
+            part.logp_old = terms[0].detach()
+            part.gap = teacher_gap(part.logp_teacher, part.logp_old, cfg.gap_clip)
+        loss, info = vcopd_loss(terms, part, state.kl_coef, tokens, cfg)
+        total_loss(loss, 0.0, share).backward()
+        for name, value in info.items():
+            sums[name] = sums.get(name, 0.0) + value.item()
+    if replay is not None:
+        loss_replay = nll_loss(policy, policy.student, replay, cfg.temperature,
+                               int(replay.mask.sum()))
+        total_loss(0.0, loss_replay, share).backward()
+        sums["replay_loss"] = loss_replay.item()
+    return {**sums, "grad_norm": optimizer_step(state.optimizer, cfg)}
+
+
+def optimizer_step(optimizer: torch.optim.Optimizer, cfg: Config) -> float:
+    """Clip the gradient, take the step; returns the norm. Raises when it is not finite."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm).item()
+    if not math.isfinite(norm):
+        raise RunError(f"the gradient is {norm}: lower --lr (now {cfg.lr:g}) or --kl-coef")
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+def train_step(policy: Policy, task: tasks.Task, examples: list, state: State,
+               cfg: Config) -> tuple[dict, list[dict]]:
+    """One step of VC-OPD on P examples. Returns metrics, and the first group for people to read."""
+    # sample K answers to each prompt from the current student
+    prompts = [policy.encode(example.prompt) for example in examples]
+    generator = seeded("rollouts", cfg.seed, state.step)
+    batch = sample(policy, policy.student, prompts, cfg.rollouts, cfg, generator)
+
+    # let the verifier decide what each is worth, and compare within each group
+    rows = [example for example in examples for _ in range(cfg.rollouts)]
+    answers = policy.decode(batch)
+    verdicts = verify_all(task.verify, rows, answers)
+    reward = torch.tensor([v.reward for v in verdicts], device=policy.device)  # Eq. 1
+    advantage = group_advantage(reward, cfg.rollouts)
+    if cfg.method == "opd":  # blind distillation looks at no verdict
+        advantage = torch.zeros_like(advantage)
+
+    # let reference and teacher read the rollouts, once
+    parts = ask_reference(policy, batch, advantage, cfg)
+    if cfg.teacher != "none" and cfg.teacher_coef > 0:
+        for part in parts:
+            part.logp_teacher = ask_teacher(policy, part, rows, cfg)
+
+    # now and then, collect the student's best answers to prompts about old skills
+    if cfg.replay_share > 0 and state.step % cfg.replay_every == 0:
+        state.replay = refresh_replay(policy, task.anchors, cfg.seed, state.step, cfg)
+
+    # learn: the first pass is on-policy, in the later ones the ratio clip acts
+    for epoch in range(cfg.epochs):
+        replay = draw_replay(state, len(rows), epoch, cfg)
+        info = update(policy, parts, replay, state, cfg)
+    state.kl_coef = adapt_kl_coef(state.kl_coef, info["kl"], cfg)
+
+    metrics = {**rollout_metrics(batch, verdicts, policy), **hint_metrics(parts), **info,
+               "kl_coef": state.kl_coef}
+    group = range(cfg.rollouts)
+    return metrics, [sample_record(state.step, rows[i], answers[i], verdicts[i],
+                                   advantage[i].item()) for i in group]
+
+
+def draw_replay(state: State, rows: int, epoch: int, cfg: Config) -> Batch | None:
+    """As many kept samples as make `replay_share` of the batch."""
+    if state.replay is None:
+        return None
+    count = max(1, round(rows * cfg.replay_share / (1 - cfg.replay_share)))
+    generator = seeded("mix", cfg.seed, state.step, epoch)
+    return state.replay.rows(torch.randint(len(state.replay.contexts), (count,),
+                                           generator=generator))
+
+
+# #############################################################################################
+#
+#   PART II - RUNNING IT: the built-in model, evaluation, run folder, command line
+#
+# #############################################################################################
+
+# =============================================================================================
+# What a step reports
+# =============================================================================================
+
+
+def rollout_metrics(batch: Batch, verdicts: list[tasks.Verdict], policy: Policy) -> dict:
+    """What the verifier saw in this step."""
+    count = len(verdicts)
+    ended = torch.isin(batch.completion, policy.stop_ids) & batch.mask
+    return {"reward": sum(v.reward for v in verdicts) / count,
+            "pass_rate": sum(v.passed for v in verdicts) / count,
+            "format_rate": sum(v.formatted for v in verdicts) / count,
+            "truncated": 1 - ended.any(1).float().mean().item(),
+            "tokens": int(batch.mask.sum()),
+            "reasons": dict(sorted(Counter(v.reason.split(":")[0].rstrip(" 0123456789")
+                                           for v in verdicts).items()))}
+
+
+def hint_metrics(parts: list[Experience]) -> dict[str, float]:
+    """Where the teacher spoke: mean |D| in tied groups (its only place) and in the others."""
+    tied = torch.cat([(p.advantage == 0)[:, None].expand_as(p.batch.mask)[p.batch.mask]
+                      for p in parts])
+    gap = torch.cat([p.gap[p.batch.mask] for p in parts]).abs()
+    means = {"gap_tied": gap[tied], "gap_untied": gap[~tied]}
+    return {"tied_rollouts": torch.cat([p.advantage == 0 for p in parts]).float().mean().item(),
+            **{name: g.mean().item() if len(g) else 0.0 for name, g in means.items()}}
+
+
+def sample_record(step: int, example: tasks.Example, answer: str, verdict: tasks.Verdict,
+                  advantage: float) -> dict:
+    """A rollout as people read it in samples.jsonl."""
+    return {"step": step, "id": example.id, "prompt": example.prompt, "answer": answer,
+            "reward": verdict.reward, "reason": verdict.reason, "advantage": advantage}
+
+
+# =============================================================================================
+# Supervised fine-tuning: Step 1 (format), and the baseline
+# =============================================================================================
+
+
+def reference_batch(policy: Policy, examples: list[tasks.Example]) -> Batch:
+    """Reference answers, each ending in the stop token, as a batch to imitate."""
+    answers = [[*policy.tokenizer(e.reference, add_special_tokens=False).input_ids,
+                int(policy.stop_ids[0])] for e in examples]
+    completion, mask = (t.to(policy.device) for t in pad(answers, policy.pad_id))
+    return Batch([policy.encode(e.prompt) for e in examples], completion, mask)
+
+
+def sft_step(policy: Policy, task: tasks.Task, examples: list, state: State,
+             cfg: Config) -> tuple[dict, list[dict]]:
+    """The SFT baseline: as many optimiser steps on the same prompts, towards the references."""
+    batch = reference_batch(policy, examples)
+    for _ in range(cfg.epochs):
+        loss = nll_loss(policy, policy.student, batch, 1.0, int(batch.mask.sum()))
+        loss.backward()
+        norm = optimizer_step(state.optimizer, cfg)
+    return {"nll": loss.item(), "grad_norm": norm, "tokens": int(batch.mask.sum())}, []
+
+
+# =============================================================================================
+# The built-in model: a small Llama that is pretrained on the spot
+# =============================================================================================
+
+TINY_RECIPE = {"vocab": 768, "hidden": 128, "layers": 4, "heads": 4, "steps": 700, "batch": 32,
+               "lr": 3e-3, "documents": 12000, "micro_tokens": 1536, "seed": 1}
+CHAT = "{% for m in messages %}<|user|>{{ m.content }}<|end|><|assistant|>{% endfor %}"
+
+
+def tiny_folder(task: tasks.Task) -> Path:
+    """Where the built-in model of a task is cached: named by everything that makes it."""
+    recipe = json.dumps(TINY_RECIPE) + CHAT + Path(tasks.__file__).read_text("utf-8")
+    digest = hashlib.sha256(recipe.encode()).hexdigest()[:12]
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return cache / "vcopd" / f"tiny-{task.name}-{digest}"
+
+
+def train_tokenizer(texts: list[str], vocab: int):
+    """A byte-level BPE, digits apart: any text can be written, none is unknown."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True),
+         pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab, special_tokens=["<|end|>", "<|user|>", "<|assistant|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>",
+                                   pad_token="<|end|>", chat_template=CHAT)
+
+
+def new_tiny(tokenizer, recipe: dict) -> nn.Module:
+    """A randomly initialised Llama of about a million parameters."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    width = recipe["hidden"]
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=width * 8 // 3,
+        num_hidden_layers=recipe["layers"], num_attention_heads=recipe["heads"],
+        max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    torch.manual_seed(recipe["seed"])
+    return LlamaForCausalLM(config)
+
+
+def pretrain(policy: Policy, documents: list[tuple[str, str]], recipe: dict) -> None:
+    """Next-token training on the answers only: at this size, copying emerges in no other way."""
+    rng = random.Random(recipe["seed"])
+    steps, size = recipe["steps"], recipe["batch"]
+    stop = int(policy.stop_ids[0])
+    rows = [(policy.encode(prompt), [*policy.tokenizer(answer).input_ids, stop])
+            for prompt, answer in documents]
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=recipe["lr"], betas=(0.9, 0.98),
+                                  weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: min(1, (s + 1) / 50) * (0.05 + 0.95 * (1 - s / steps)))
+    bar = progress(range(steps), "building tiny")
+    for _ in bar:
+        prompts, answers = zip(*rng.choices(rows, k=size), strict=True)
+        batch = Batch(list(prompts), *pad(answers, policy.pad_id))
+        tokens, total = int(batch.mask.sum()), 0.0
+        optimizer.zero_grad()
+        for index in micro_batches(batch, recipe["micro_tokens"]):
+            loss = nll_loss(policy, BASE, batch.rows(index), 1.0, tokens)
+            loss.backward()
+            total += loss.item()
+        nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix(loss=f"{total:.2f}", refresh=False)
+
+
+def build_tiny(task: tasks.Task) -> Path:
+    """The folder of the built-in model; made, with a progress bar, when it is not there yet."""
+    folder, recipe = tiny_folder(task), TINY_RECIPE
+    if (folder / "config.json").exists():
+        return folder
+    rng = random.Random(recipe["seed"])
+    documents = [tasks.web_document(task, rng)
+                 for _ in progress(range(recipe["documents"]), "writing its corpus")]
+    tokenizer = train_tokenizer([text for pair in documents for text in pair], recipe["vocab"])
+    model = new_tiny(tokenizer, recipe)
+    pretrain(Policy(model, tokenizer, torch.tensor([tokenizer.eos_token_id]),
+                    tokenizer.pad_token_id), documents, recipe)
+    aside = folder.with_name(f"{folder.name}.{os.getpid()}")  # an interrupted build leaves no model
+    model.save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    aside.rename(folder)
+    return folder
+
+
+def load_policy(cfg: Config, task: tasks.Task) -> Policy:
+    """Any causal LM, frozen, wrapped, with a fresh policy adapter. Raises RunError."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    folder = build_tiny(task) if cfg.model == "tiny" else cfg.model
+    device = pick_device(cfg.device)
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16,
+             "auto": torch.bfloat16 if device.type == "cuda" else torch.float32}[cfg.dtype]
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise RunError(f"--model {cfg.model} cannot be loaded: {str(error).splitlines()[0]}; "
+                       "give tiny, a folder, or a Hugging Face id that is cached or reachable"
+                       ) from None
+    model = model.to(device).eval()  # eval: no dropout while scoring
+    wrap_linears(model)
+    add_adapter(model, "policy", cfg.lora_rank, cfg.lora_alpha, cfg.seed)
+    stops = model.generation_config.eos_token_id
+    stops = stops if isinstance(stops, list) else [stops]
+    stops = sorted({i for i in [*stops, tokenizer.eos_token_id] if i is not None})
+    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return Policy(model, tokenizer, torch.tensor(stops, device=device), pad_id)
+
+
+def pick_device(name: str) -> torch.device:
+    """The named device, or the best there is. Raises RunError when it is not there."""
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise RunError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
+
+
+# =============================================================================================
+# Evaluation and verdict. It draws from its own generators: training never notices.
+# =============================================================================================
+
+SLICE = 64  # prompts that are answered at one time
+
+
+def mean(values) -> float:
+    """Arithmetic mean; 0 of nothing."""
+    values = list(values)
+    return sum(values) / len(values) if values else 0.0
+
+
+@torch.no_grad()
+def movement(policy: Policy, p: tuple[str, ...], q: tuple[str, ...],
+             batches: list[Batch]) -> tuple[float, float]:
+    """KL(p || q) and entropy of p, nats per token, exact over the vocabulary at temperature 1.
+
+    `batches` are samples of p at temperature 1, so the states are those that p visits.
+    """
+    total, tokens = torch.zeros(2), sum(int(batch.mask.sum()) for batch in batches)
+    for part in (b.rows(i) for b in batches for i in micro_batches(b, 8192)):
+        hidden = [completion_hidden(policy, role, part) for role in (p, q)]
+        terms = on_tokens(partial(token_terms, policy.model, 1.0), part, *hidden)
+        total += terms[1:].sum((1, 2)).cpu()
+    kl, entropy = (total / tokens).tolist()
+    return kl, entropy
+
+
+def answers_to(policy: Policy, role: tuple[str, ...], prompts: list[str], k: int,
+               cfg: Config) -> tuple[list[Batch], list[str]]:
+    """K answers to each prompt, prompt-major: as batches of ids, and as one list of texts."""
+    batches, texts = [], []
+    for i in range(0, len(prompts), SLICE):
+        ids = [policy.encode(prompt) for prompt in prompts[i:i + SLICE]]
+        batches.append(sample(policy, role, ids, k, cfg, seeded("evaluation", i)))
+        texts += policy.decode(batches[-1])
+    return batches, texts
+
+
+def greedy_verdicts(policy: Policy, role: tuple[str, ...], examples: list, verify,
+                    cfg: Config) -> list[tuple[str, tasks.Verdict]]:
+    """The most likely answer to each example, and what the verifier says of it."""
+    prompts = [e.prompt for e in examples]
+    _, texts = answers_to(policy, role, prompts, 1, replace(cfg, temperature=0.0))
+    return list(zip(texts, verify_all(verify, examples, texts), strict=True))
+
+
+def split_scores(policy: Policy, task: tasks.Task, role: tuple[str, ...], examples: list,
+                 cfg: Config) -> tuple[dict, list[Batch]]:
+    """Scores on one set of problems, and K samples of each at temperature 1 (for `movement`).
+
+    Edit metrics are means over the sampled answers that pass: a failing edit repairs nothing.
+    """
+    greedy = greedy_verdicts(policy, role, examples, task.verify, cfg)
+    batches, texts = answers_to(policy, role, [e.prompt for e in examples], cfg.rollouts, full(cfg))
+    sampled = verify_all(task.verify, [e for e in examples for _ in range(cfg.rollouts)], texts)
+    groups = [sampled[i:i + cfg.rollouts] for i in range(0, len(sampled), cfg.rollouts)]
+    scores = {"pass@1": mean(v.passed for _, v in greedy),
+              "pass@k": mean(any(v.passed for v in group) for group in groups),
+              "reward": mean(v.reward for v in sampled),
+              "format": mean(v.formatted for v in sampled)}
+    for name in task.edit_metrics:
+        scores[name] = mean(v.metrics[name] for v in sampled if v.passed)
+    return {**scores, "passes": [int(v.passed) for _, v in greedy],
+            "answers": [text for text, _ in greedy]}, batches
+
+
+def full(cfg: Config) -> Config:
+    """Sampling from the model's own distribution: temperature 1, whole vocabulary."""
+    return replace(cfg, temperature=1.0, top_p=1.0)
+
+
+def evaluate(policy: Policy, task: tasks.Task, role: tuple[str, ...], cfg: Config) -> dict:
+    """All that the report says of one role; `passes` and `answers` are per problem."""
+    scores, batches = {}, {}
+    for split, examples in task.evals.items():
+        scores[split], batches[split] = split_scores(policy, task, role,
+                                                     examples[:cfg.eval_problems], cfg)
+    problems = first_split(task.evals)[:cfg.eval_problems]
+    general = greedy_verdicts(policy, role, task.benchmark, tasks.verify_skill, cfg)
+    by_skill: dict[str, list[float]] = {}
+    for example, (_, verdict) in zip(task.benchmark, general, strict=True):
+        by_skill.setdefault(example.skill, []).append(verdict.reward)
+    hinted = [replace(e, prompt=tasks.privileged_prompt(e)) for e in problems]
+    with_hint = greedy_verdicts(policy, role, hinted, task.verify, cfg)
+    from_base, _ = answers_to(policy, BASE, [e.prompt for e in problems], 1, full(cfg))
+    anchors, _ = answers_to(policy, role, [e.prompt for e in task.benchmark], 1, full(cfg))
+    kl, entropy = movement(policy, role, BASE, first_split(batches))
+    return {**scores,
+            "general": {"mean": mean(v.reward for _, v in general),
+                        **{skill: mean(r) for skill, r in by_skill.items()}},
+            "kl_to_base": kl, "kl_from_base": movement(policy, BASE, role, from_base)[0],
+            "entropy": entropy, "entropy_anchors": movement(policy, role, BASE, anchors)[1],
+            "pass@1_with_hint": mean(v.passed for _, v in with_hint)}
+
+
+def paired_bootstrap(before: list[int], after: list[int], draws: int = 10_000
+                     ) -> tuple[float, float]:
+    """95 % interval of the mean change, resampling problems (Efron 1979)."""
+    change = np.array(after) - np.array(before)
+    picks = np.random.default_rng(0).integers(len(change), size=(draws, len(change)))
+    low, high = np.quantile(change[picks].mean(1), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def first_split(scores: dict) -> dict:
+    """The scores of the split that the verdict is about."""
+    return next(iter(scores.values()))
+
+
+def judge_run(before: dict, after: dict, edit_metrics: tuple[str, ...], cfg: Config) -> dict:
+    """Improved only if every condition of the essay holds. Each shows its numbers."""
+    old, new = first_split(before), first_split(after)
+    low, high = paired_bootstrap(old["passes"], new["passes"])
+    kept = after["general"]["mean"] - before["general"]["mean"]
+    on_task = after["entropy"] / max(before["entropy"], 1e-9)
+    on_anchors = after["entropy_anchors"] / max(before["entropy_anchors"], 1e-9)
+    conditions = {
+        "pass rate up": (low > 0, f"{old['pass@1']:.3f} -> {new['pass@1']:.3f}, "
+                                  f"95 % interval of the change [{low:+.3f}, {high:+.3f}]"),
+        "general benchmark kept": (kept >= -0.02, f"{before['general']['mean']:.3f} -> "
+                                   f"{after['general']['mean']:.3f}, may fall by 0.02"),
+        "KL within budget": (after["kl_to_base"] <= cfg.kl_budget,
+                             f"{after['kl_to_base']:.4f} of {cfg.kl_budget} nats/token"),
+        "entropy kept": (on_task >= 0.3 and on_anchors >= 0.8,
+                         f"x{on_task:.2f} on the task (at least 0.3), "
+                         f"x{on_anchors:.2f} on anchors (at least 0.8)")}
+    if "excess_edit" in edit_metrics:
+        conditions["extra edits not up"] = (
+            new["excess_edit"] <= old["excess_edit"],
+            f"{old['excess_edit']:.4f} -> {new['excess_edit']:.4f}")
+    return {"improved": all(holds for holds, _ in conditions.values()),
+            "conditions": {name: {"holds": bool(holds), "numbers": numbers}
+                           for name, (holds, numbers) in conditions.items()}}
+
+
+# =============================================================================================
+# The run folder: config.json, metrics.jsonl, samples.jsonl, checkpoint/, adapter/, report.json
+# =============================================================================================
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """The old file or the new one, never half of it."""
+    aside = path.with_name(path.name + ".new")
+    with open(aside, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def write_json(path: Path, value) -> None:
+    """Indented JSON, written atomically."""
+    write_atomic(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def append_jsonl(path: Path, records: list[dict]) -> None:
+    """One object a line."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def named_adapters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every adapter weight by its full name."""
+    return {name: p for name, p in model.named_parameters()
+            if ".lora_A." in name or ".lora_B." in name}
+
+
+def save_checkpoint(folder: Path, policy: Policy, state: State) -> None:
+    """All that training changes, behind its checksum; the newest two are kept.
+
+    Generators have no state to save: see `seeded`.
+    """
+    buffer = io.BytesIO()
+    torch.save({"step": state.step, "kl_coef": state.kl_coef,
+                "replay": state.replay and vars(state.replay),
+                "format": "format" in policy.reference,
+                "adapters": {n: p.detach() for n, p in named_adapters(policy.model).items()},
+                "optimizer": state.optimizer.state_dict()}, buffer)
+    data = buffer.getvalue()
+    folder.mkdir(exist_ok=True)
+    write_atomic(folder / f"{state.step:08d}.pt", hashlib.sha256(data).digest() + data)
+    for path in sorted(folder.glob("*.pt"))[:-2]:
+        path.unlink()
+
+
+def newest_checkpoint(folder: Path) -> dict:
+    """The last checkpoint that is whole. Raises RunError when there is none."""
+    for path in sorted(folder.glob("*.pt"), reverse=True):
+        data = path.read_bytes()
+        if hashlib.sha256(data[32:]).digest() == data[:32]:
+            return torch.load(io.BytesIO(data[32:]), weights_only=True)
+        print(f"{path} is damaged: going back to the one before it")
+    raise RunError(f"{folder} holds no whole checkpoint, so nothing can be resumed: "
+                   "start the run anew, without --resume")
+
+
+def load_checkpoint(folder: Path, policy: Policy, state: State, cfg: Config) -> None:
+    """Put the newest saved state back. Raises RunError when there is none."""
+    saved = newest_checkpoint(folder)
+    if saved["format"]:
+        add_format_adapter(policy, cfg)
+    for name, weight in named_adapters(policy.model).items():
+        weight.data.copy_(saved["adapters"][name])
+    state.optimizer.load_state_dict(saved["optimizer"])
+    state.step, state.kl_coef = saved["step"], saved["kl_coef"]
+    state.replay = saved["replay"] and Batch(**saved["replay"])
+
+
+def export_adapter(folder: Path, policy: Policy, cfg: Config) -> None:
+    """The student as one adapter in PEFT's format.
+
+    A sum of low-rank updates is one update of the summed rank: [s1 B1, s2 B2] [A1; A2].
+    """
+    from safetensors.torch import save_file
+    weights = {}
+    for name, layer in lora_layers(policy.model).items():
+        a = torch.cat([layer.lora_A[n] for n in policy.student])
+        b = torch.cat([layer.lora_B[n] * layer.scale[n] for n in policy.student], 1)
+        for kind, weight in (("lora_A", a), ("lora_B", b)):
+            weights[f"base_model.model.{name}.{kind}.weight"] = weight.detach().cpu().contiguous()
+    rank = len(a)
+    folder.mkdir(exist_ok=True)
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_json(folder / "adapter_config.json", {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank,
+        "lora_dropout": 0.0, "bias": "none", "base_model_name_or_path": cfg.model,
+        "target_modules": sorted({n.split(".")[-1] for n in lora_layers(policy.model)})})
+
+
+# =============================================================================================
+# Training
+# =============================================================================================
+
+
+def add_format_adapter(policy: Policy, cfg: Config) -> None:
+    """Step 1's adapter: from now on part of the reference, and of the student."""
+    add_adapter(policy.model, "format", cfg.format_rank, cfg.format_rank, cfg.seed)
+    policy.reference = ("format",)
+
+
+def train_format(policy: Policy, task: tasks.Task, cfg: Config) -> None:
+    """Step 1: one low-rate epoch towards reference answers on an adapter that is then frozen."""
+    add_format_adapter(policy, cfg)
+    optimizer = torch.optim.Adam(adapter_parameters(policy.model, "format"), lr=cfg.format_lr)
+    examples = task.train[:cfg.format_examples]
+    order = torch.randperm(len(examples), generator=seeded("format", cfg.seed)).tolist()
+    for i in progress(range(0, len(order), cfg.prompts), "Step 1: format"):
+        batch = reference_batch(policy, [examples[j] for j in order[i:i + cfg.prompts]])
+        nll_loss(policy, policy.reference, batch, 1.0, int(batch.mask.sum())).backward()
+        optimizer_step(optimizer, cfg)
+
+
+def progress(items, what: str):
+    """A progress bar with the time left, where somebody is watching."""
+    return tqdm(items, what, file=sys.stdout, mininterval=1, disable=None, leave=False)
+
+
+def examples_at(task: tasks.Task, step: int, cfg: Config) -> list[tasks.Example]:
+    """The P examples of a step: every epoch is a new shuffle, known from the seed alone."""
+    size = len(task.train)
+    places = range(step * cfg.prompts, (step + 1) * cfg.prompts)
+    orders = {e: torch.randperm(size, generator=seeded("data", cfg.seed, e)).tolist()
+              for e in {place // size for place in places}}
+    return [task.train[orders[place // size][place % size]] for place in places]
+
+
+def train(policy: Policy, task: tasks.Task, state: State, out: Path, cfg: Config) -> None:
+    """The loop: one call a step, one line of metrics a step. Ctrl-C ends it between two steps."""
+    one_step = sft_step if cfg.method == "sft" else train_step
+    asked_to_stop = threading.Event()
+    handlers = [signal.signal(s, lambda *_: asked_to_stop.set())
+                for s in (signal.SIGINT, signal.SIGTERM)]
+    print(log_header())
+    while state.step < cfg.steps and not asked_to_stop.is_set():
+        started = time.perf_counter()
+        metrics, samples = one_step(policy, task, examples_at(task, state.step, cfg), state, cfg)
+        state.step += 1
+        if state.step % cfg.eval_every == 0:
+            metrics["eval_pass"] = probe(policy, task, cfg)
+        append_jsonl(out / "metrics.jsonl", [{"step": state.step, **metrics}])
+        append_jsonl(out / "samples.jsonl", samples)
+        seconds = time.perf_counter() - started
+        print(log_line({"step": state.step, **metrics, "seconds": seconds}), flush=True)
+        if state.step % cfg.save_every == 0 or state.step == cfg.steps or asked_to_stop.is_set():
+            save_checkpoint(out / "checkpoint", policy, state)
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
+        signal.signal(number, handler)
+    if state.step < cfg.steps:
+        raise KeyboardInterrupt
+
+
+def probe(policy: Policy, task: tasks.Task, cfg: Config) -> float:
+    """Greedy pass rate on a few held-out problems: a look while training runs."""
+    problems = first_split(task.evals)[:SLICE]
+    verdicts = greedy_verdicts(policy, policy.student, problems, task.verify, cfg)
+    return mean(v.passed for _, v in verdicts)
+
+
+LOG = {"step": "5d", "reward": "8.3f", "pass_rate": "9.2f", "format_rate": "11.2f",
+       "tied_rollouts": "13.2f", "kl": "8.4f", "kl_coef": "8.4f", "entropy": "8.3f",
+       "teacher_share": "13.3f", "nll": "8.3f", "eval_pass": "9.2f", "seconds": "7.1f"}
+
+
+def log_line(metrics: dict) -> str:
+    """One fixed-width line; a column that a method does not have stays out."""
+    return " ".join(f"{metrics[name]:{form}}" if name in metrics else
+                    " " * int(form.split(".")[0].rstrip("d")) for name, form in LOG.items())
+
+
+def log_header() -> str:
+    """The names above the columns of `log_line`."""
+    return " ".join(f"{name:>{form.split('.')[0].rstrip('d')}}" for name, form in LOG.items())
+
+
+# =============================================================================================
+# What the terminal shows
+# =============================================================================================
+
+
+def environment(policy: Policy) -> dict:
+    """What a result depends on besides the code."""
+    import transformers
+    size = sum(p.numel() for p in policy.model.parameters() if not p.requires_grad)
+    return {"python": sys.version.split()[0], "torch": torch.__version__,
+            "transformers": transformers.__version__, "device": str(policy.device),
+            "dtype": str(policy.model.dtype), "threads": torch.get_num_threads(),
+            "frozen_parameters": size, "judge": tasks.judge_layers()}
+
+
+def print_environment(facts: dict) -> None:
+    """One line that a reader can paste into a question."""
+    print(", ".join(f"{name} {', '.join(value) if isinstance(value, list) else value}"
+                    for name, value in facts.items()))
+
+
+def flat(scores: dict, prefix: str = "") -> dict[str, float]:
+    """Nested scores as "in_domain pass@1": number; lists are left out."""
+    rows = {}
+    for name, value in scores.items():
+        if isinstance(value, dict):
+            rows |= flat(value, f"{name} ")
+        elif isinstance(value, float):
+            rows[prefix + name] = value
+    return rows
+
+
+def print_report(report: dict) -> None:
+    """The before/after table and the verdict."""
+    before, after = flat(report["before"]), flat(report["after"])
+    print(f"\n{'':36}{'before':>9}{'after':>9}")
+    for name in after:
+        old = f"{before[name]:9.3f}" if name in before else f"{'-':>9}"
+        print(f"{name:36}{old}{after[name]:9.3f}")
+    verdict = report["verdict"]
+    print(f"\nVerdict: {'IMPROVED' if verdict['improved'] else 'NOT IMPROVED'}")
+    for name, condition in verdict["conditions"].items():
+        print(f"  {'yes' if condition['holds'] else 'NO ':4}{name}: {condition['numbers']}")
+
+
+def print_examples(task: tasks.Task, before: dict, after: dict) -> None:
+    """Two held-out problems that the base failed and the student solves."""
+    before, after, problems = map(first_split, (before, after, task.evals))
+    pairs = zip(before["passes"], after["passes"], strict=True)
+    learnt = [i for i, (old, new) in enumerate(pairs) if new > old]
+    for i in learnt[:2]:
+        example = problems[i]
+        shown = example.buggy or example.prompt
+        for when, answer in (("before", before["answers"][i]), ("after", after["answers"][i])):
+            print(f"\nHeld-out problem {example.id}, {when}:")
+            print("\n".join(difflib.unified_diff(shown.splitlines(), answer.splitlines(),
+                                                 "problem", "answer", lineterm="", n=9)))
+
+
+# =============================================================================================
+# A whole run
+# =============================================================================================
+
+
+def load_task(cfg: Config) -> tasks.Task:
+    """The task, with the user's own data files in place of its own."""
+    task = tasks.TASKS[cfg.task]()
+    if cfg.data:
+        task = replace(task, train=tasks.load_edits(cfg.data))
+    if cfg.eval_data:
+        task = replace(task, evals={"eval_data": tasks.load_edits(cfg.eval_data)})
+    if cfg.benchmark:
+        task = replace(task, benchmark=tasks.load_benchmark(cfg.benchmark))
+    return task
+
+
+def start(policy: Policy, task: tasks.Task, out: Path, cfg: Config) -> dict:
+    """Measure the base, and teach it the format if it needs that. Returns the scores before."""
+    for old in ("metrics.jsonl", "samples.jsonl", "report.json"):
+        (out / old).unlink(missing_ok=True)
+    shutil.rmtree(out / "checkpoint", ignore_errors=True)
+    write_json(out / "config.json", asdict(cfg))
+    before = evaluate(policy, task, BASE, cfg)
+    write_json(out / "before.json", before)
+    rate = first_split(before)["format"]
+    if rate < cfg.format_threshold:
+        print(f"Step 1: {rate:.0%} of the answers are well-formed, "
+              f"below {cfg.format_threshold:.0%}: format SFT first")
+        train_format(policy, task, cfg)
+    return before
+
+
+def resume(policy: Policy, state: State, out: Path, cfg: Config) -> dict:
+    """Put everything back as it was at the last checkpoint. Returns the scores before."""
+    load_checkpoint(out / "checkpoint", policy, state, cfg)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        lines = (out / name).read_text("utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n")
+                and json.loads(line)["step"] <= state.step]
+        write_atomic(out / name, "".join(kept).encode())
+    print(f"resuming after step {state.step}")
+    return json.loads((out / "before.json").read_text("utf-8"))
+
+
+def run(cfg: Config, out: Path, resuming: bool) -> dict:
+    """One whole run: base, Step 1 if needed, training, evaluation, report."""
+    started = time.perf_counter()
+    task = load_task(cfg)
+    policy = load_policy(cfg, task)
+    optimizer = torch.optim.Adam(adapter_parameters(policy.model, "policy"), lr=cfg.lr)
+    state = State(optimizer, cfg.kl_coef)
+    print_environment(environment(policy))
+    before = resume(policy, state, out, cfg) if resuming else start(policy, task, out, cfg)
+    train(policy, task, state, out, cfg)
+    after = evaluate(policy, task, policy.student, cfg)
+    export_adapter(out / "adapter", policy, cfg)
+    report = {"before": before, "after": after,
+              "verdict": judge_run(before, after, task.edit_metrics, cfg),
+              "seconds": time.perf_counter() - started, "environment": environment(policy)}
+    write_json(out / "report.json", report)
+    print_examples(task, before, after)
+    print_report(report)
+    return report
+
+
+def main(cfg: Config, resuming: bool) -> int:
+    """Run. Exit code 0 also for `not improved`; 2 for what a user can mend; 130 for Ctrl-C."""
+    out = Path(cfg.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        report = run(cfg, out, resuming)
+    except (RunError, tasks.LoadError, tasks.JudgeError, OSError) as error:
+        print(f"vcopd.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nInterrupted. To go on: python vcopd.py --resume {out}")
+        return 130
+    print(f"\nResults are in {out} after {report['seconds']:.0f} s. Read {out}/samples.jsonl next, "
+          f"or compare: python vcopd.py --task {cfg.task} --method rl")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(CONFIG, RESUMING))
