@@ -886,6 +886,7 @@ def edit_metrics(answer: str, buggy: str, reference: str) -> dict[str, float]:
     cog_m, cog_c, cog_g = map(cognitive_complexity, (answer, buggy, reference))
     extra_lines = changed_lines(answer, buggy) - changed_lines(reference, buggy)
     names = identifiers(c) & identifiers(g)
+    # differs: nel, acc and ulr are held in [0, 1], so that no pass is worth less than a fail
     return {"nel": excess(m, c, g),
             "acc": min(1.0, max(0, cog_m - max(cog_c, cog_g)) / 3),
             "ulr": min(1.0, max(0, extra_lines) / len(buggy.split("\n"))),
@@ -1951,14 +1952,9 @@ def privileged_prompt(example: Example) -> str:
     return f"{example.prompt}\n\nA right answer:\n{example.hint}"
 
 
-def random_word(rng: random.Random) -> str:
-    """Some letters."""
-    return "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(1, 6)))
-
-
-def random_words(rng: random.Random) -> tuple[str, str]:
-    """Copying, in its purest form."""
-    words = " ".join(random_word(rng) for _ in range(rng.randint(3, 12)))
+def shuffled_words(rng: random.Random) -> tuple[str, str]:
+    """Copying in its purest form: every next word can only be looked up."""
+    words = " ".join(rng.sample(CODE_WORDS, rng.randint(3, 20)))
     return f"Repeat: {words}", words
 
 
@@ -1988,6 +1984,15 @@ def renamed(source: str, rng: random.Random) -> str:
     return re.sub(rf"\b{old}\b", new, source)
 
 
+CODE_WORDS = sorted(set(re.findall(r"\w+|[^\w\s]", FAMILIES)) | set("0123456789")
+                    | {name for pool in NAMES.values() for name in pool})
+
+
+def random_word(rng: random.Random) -> str:
+    """A name that no family has."""
+    return "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(1, 6)))
+
+
 def random_expression(rng: random.Random, names: list[str], depth: int = 2) -> str:
     """Python of no particular meaning."""
     one = rng.choice([*names, *names, str(rng.randint(0, 9)), f"'{random_word(rng)}'"])
@@ -2005,7 +2010,7 @@ def random_function(rng: random.Random) -> str:
     name, *names = {random_word(rng): 0 for _ in range(rng.randint(3, 5))}
     names = names or ["x"]
     lines = [f"def {name}({', '.join(names[:2])}):",
-             f'    """{" ".join(rng.choices(DOC_WORDS, k=rng.randint(3, 9)))}."""']
+             f'    """{" ".join(rng.choices(CODE_WORDS, k=rng.randint(3, 9)))}."""']
     for _ in range(rng.randint(1, 3)):
         lines.append(f"    {rng.choice(names)} {rng.choice(['=', '+=', '-='])} "
                      f"{random_expression(rng, names)}")
@@ -2018,9 +2023,6 @@ def random_function(rng: random.Random) -> str:
     return "\n".join([*lines, f"    return {random_expression(rng, names)}"])
 
 
-DOC_WORDS = sorted(set(re.findall(r"\w+", " ".join(re.findall('"""(.*)"""', FAMILIES)))))
-
-
 def program_document(rng: random.Random) -> tuple[str, str]:
     """A meaningless function to repair: given back as it is, or as the hint has it."""
     right = random_function(rng)
@@ -2031,7 +2033,7 @@ def program_document(rng: random.Random) -> tuple[str, str]:
     return (privileged_prompt(example), right) if rng.random() < 0.6 else (example.prompt, buggy)
 
 
-WEB = {"right": 22, "renamed": 13, "unfixed": 53, "wrong": 12}  # how repairs on "the web" turn out
+WEB = {"right": 16, "renamed": 9, "unfixed": 65, "wrong": 10}  # how repairs on "the web" turn out
 
 
 def edit_document(rng: random.Random) -> tuple[str, str]:
@@ -2134,13 +2136,13 @@ def arithmetic() -> Task:
                 anchors, benchmark, sum_document)
 
 
-WEB_MIX = {"task": 60, "skills": 30, "copying": 10}  # what tiny's pretraining is made of
+WEB_MIX = {"task": 55, "skills": 20, "copying": 25}  # what tiny's pretraining is made of
 
 
 def web_document(task: Task, rng: random.Random) -> tuple[str, str]:
     """A (prompt, answer) of the corpus that the built-in model is pretrained on."""
     kind = rng.choices(list(WEB_MIX), list(WEB_MIX.values()))[0]
-    return {"task": task.corpus, "skills": skill_document, "copying": random_words}[kind](rng)
+    return {"task": task.corpus, "skills": skill_document, "copying": shuffled_words}[kind](rng)
 
 
 TASKS = {"arithmetic": arithmetic, "codeedit": code_edit}

@@ -136,7 +136,6 @@ class Config:
     replay_share: float = knob(0.1, "r of Eq. 12", low=0.0, high=0.9)
     replay_every: int = knob(200, "steps between refreshes of the replay pool", low=1)
     replay_keep: float = knob(0.2, "share of the replay samples that is kept", low=0.01, high=1.0)
-    replay_prompts: int = knob(20, "anchor prompts for each of the seven old skills", low=1)
     # format (Step 1)
     format_threshold: float = knob(0.8, "Step 1 runs below this share of well-formed answers",
                                    low=0.0, high=1.0)
@@ -157,6 +156,14 @@ METHODS = {  # presets of the same loop: what is fixed here cannot be set by an 
     # blind distillation: no verdict (see train_step), no gate, no clip, and D is all there is
     "opd": {"gate": "none", "gap_clip": INF, "teacher_coef": 1.0},
     "sft": {"teacher_coef": 0.0, "replay_share": 0.0},  # imitation of reference answers
+}
+
+IDLE = {  # options that have nothing to do in a method, and are refused there
+    "vcopd": (),
+    "rl": ("teacher", "gate", "gap_clip"),
+    "opd": (),
+    "sft": ("teacher", "gate", "gap_clip", "ratio_clip", "kl_coef", "kl_target", "entropy_coef",
+            "temperature", "top_p", "replay_every", "replay_keep"),
 }
 
 TINY = {  # the built-in model has 1 M parameters: what differs from the essay's defaults, and why
@@ -254,6 +261,11 @@ def read_config(arguments: list[str]) -> tuple[Config, bool]:
     if fixed:
         usage_error(f"--method {method} fixes {option(fixed[0])} at "
                     f"{METHODS[method][fixed[0]]}: leave that option out")
+    idle = [name for name in IDLE[method] if name in said]
+    if idle:
+        usage_error(f"{option(idle[0])} does nothing with --method {method}: leave it out")
+    if method == "opd" and said.get("teacher") == "none":
+        usage_error("--method opd learns from the teacher alone: leave out --teacher none")
     tiny = TINY if said.get("model", "tiny") == "tiny" else {}
     cfg = Config(**{**tiny, **tasks.PRESETS[task], **METHODS[method], **said})
     if task != "codeedit" and (cfg.data or cfg.eval_data):
@@ -527,12 +539,14 @@ def completion_hidden(policy: Policy, role: tuple[str, ...], batch: Batch) -> Te
 
     Padding stands on the right of a causal model, so no real token sees it.
     """
-    rows = [c + y.tolist() for c, y in zip(batch.contexts, batch.completion, strict=True)]
+    rows = [context + ids[mask].tolist() for context, ids, mask
+            in zip(batch.contexts, batch.completion, batch.mask, strict=True)]
     ids = pad(rows, policy.pad_id)[0].to(policy.device)
     with adapters(policy.model, role):
         hidden = policy.model.base_model(ids, use_cache=False).last_hidden_state  # (B, L, D)
     first = torch.tensor([len(c) - 1 for c in batch.contexts], device=policy.device)
     where = first[:, None] + torch.arange(batch.mask.shape[1], device=policy.device)  # (B, T)
+    where = where.clamp(max=hidden.shape[1] - 1)  # behind a short row: whatever, it is masked
     return hidden.gather(1, where[..., None].expand(-1, -1, hidden.shape[-1]))
 
 
@@ -573,13 +587,18 @@ def on_tokens(terms, batch: Batch, *hidden: Tensor) -> Tensor:
 # =============================================================================================
 
 
+def tied_groups(reward: Tensor, k: int) -> Tensor:
+    """Which rollouts (B,) got the same reward as all the others of their group?"""
+    group = reward.view(-1, k)  # (P, K)
+    return (group.amax(1) == group.amin(1)).repeat_interleave(k)
+
+
 def group_advantage(reward: Tensor, k: int) -> Tensor:
     """Rewards (B,), prompt-major, compared within each group of K -> advantages (B,)."""
     group = reward.view(-1, k)  # (P, K)
     std, mean = torch.std_mean(group, 1, correction=0, keepdim=True)
-    advantage = (group - mean) / (std + 1e-4)  # Eq. 2
-    tied = group.amax(1, keepdim=True) == group.amin(1, keepdim=True)
-    return advantage.masked_fill(tied, 0.0).view(-1)  # differs: exactly 0, float noise is no signal
+    advantage = ((group - mean) / (std + 1e-4)).view(-1)  # Eq. 2
+    return advantage.masked_fill(tied_groups(reward, k), 0.0)  # differs: float noise is no signal
 
 
 # =============================================================================================
@@ -662,6 +681,8 @@ def adapt_kl_coef(kl_coef: float, kl: float, cfg: Config) -> float:
     The rule is stationary when KL is above the target on 22 % of updates (1.2^.22 * .95^.78 = 1),
     so the average KL settles below the target.
     """
+    if kl_coef == 0:  # switched off
+        return 0.0
     kl_coef = kl_coef * (1.2 if kl > cfg.kl_target else 0.95)  # Eq. 9
     return min(max(kl_coef, 1e-4), 10.0)
 
@@ -669,6 +690,19 @@ def adapt_kl_coef(kl_coef: float, kl: float, cfg: Config) -> float:
 # =============================================================================================
 # Step 6 - replay: old skills, in the current student's own words
 # =============================================================================================
+
+
+@torch.no_grad()
+def mean_logps(policy: Policy, batch: Batch, cfg: Config) -> list[float]:
+    """The student's self-confidence in each row: its mean log-prob of a token."""
+    confidence = [0.0] * len(batch.mask)
+    score = partial(token_logps, policy.model, cfg.temperature)
+    for index in micro_batches(batch, cfg.micro_tokens):
+        part = batch.rows(index)
+        logp = on_tokens(score, part, completion_hidden(policy, policy.student, part))  # (b, T)
+        for row, value in zip(index.tolist(), logp.sum(1) / part.mask.sum(1), strict=True):
+            confidence[row] = value.item()
+    return confidence
 
 
 def refresh_replay(policy: Policy, anchors: list[tasks.Example], seed: int, step: int,
@@ -681,10 +715,7 @@ def refresh_replay(policy: Policy, anchors: list[tasks.Example], seed: int, step
     batch = sample(policy, policy.student, prompts, 1, cfg, seeded("replay", seed, step))
     verdicts = [tasks.verify_skill(*pair) for pair in zip(anchors, policy.decode(batch),
                                                            strict=True)]
-    with torch.no_grad():
-        hidden = completion_hidden(policy, policy.student, batch)
-        logp = on_tokens(partial(token_logps, policy.model, cfg.temperature), batch, hidden)
-    confidence = (logp.sum(1) / batch.mask.sum(1)).tolist()
+    confidence = mean_logps(policy, batch, cfg)
     order = sorted(range(len(anchors)), key=lambda i: (verdicts[i].reward, confidence[i]))
     kept = order[-math.ceil(cfg.replay_keep * len(anchors)):]
     return batch.rows(torch.tensor(kept))
@@ -773,11 +804,11 @@ def update(policy: Policy, parts: list[Experience], replay: Batch | None, state:
         total_loss(loss, 0.0, share).backward()
         for name, value in info.items():
             sums[name] = sums.get(name, 0.0) + value.item()
-    if replay is not None:
-        loss_replay = nll_loss(policy, policy.student, replay, cfg.temperature,
+    for index in micro_batches(replay, cfg.micro_tokens) if replay else []:
+        loss_replay = nll_loss(policy, policy.student, replay.rows(index), cfg.temperature,
                                int(replay.mask.sum()))
         total_loss(0.0, loss_replay, share).backward()
-        sums["replay_loss"] = loss_replay.item()
+        sums["replay_loss"] = sums.get("replay_loss", 0.0) + loss_replay.item()
     return {**sums, "grad_norm": optimizer_step(state.optimizer, cfg)}
 
 
@@ -804,7 +835,7 @@ def train_step(policy: Policy, task: tasks.Task, examples: list, state: State,
     rows = [example for example in examples for _ in range(cfg.rollouts)]
     answers = policy.decode(batch)
     verdicts = verify_all(task.verify, rows, answers)
-    reward = torch.tensor([v.reward for v in verdicts], device=policy.device)  # Eq. 1
+    reward = torch.tensor([float(v.reward) for v in verdicts], device=policy.device)  # Eq. 1
     advantage = group_advantage(reward, cfg.rollouts)
     if cfg.method == "opd":  # blind distillation looks at no verdict
         advantage = torch.zeros_like(advantage)
@@ -825,8 +856,8 @@ def train_step(policy: Policy, task: tasks.Task, examples: list, state: State,
         info = update(policy, parts, replay, state, cfg)
     state.kl_coef = adapt_kl_coef(state.kl_coef, info["kl"], cfg)
 
-    metrics = {**rollout_metrics(batch, verdicts, policy), **hint_metrics(parts), **info,
-               "kl_coef": state.kl_coef}
+    metrics = {**rollout_metrics(batch, verdicts, policy), **info, "kl_coef": state.kl_coef,
+               **hint_metrics(parts, tied_groups(reward, cfg.rollouts))}
     group = range(cfg.rollouts)
     return metrics, [sample_record(state.step, rows[i], answers[i], verdicts[i],
                                    advantage[i].item()) for i in group]
@@ -866,14 +897,18 @@ def rollout_metrics(batch: Batch, verdicts: list[tasks.Verdict], policy: Policy)
                                            for v in verdicts).items()))}
 
 
-def hint_metrics(parts: list[Experience]) -> dict[str, float]:
+def hint_metrics(parts: list[Experience], tied: Tensor) -> dict[str, float]:
     """Where the teacher spoke: mean |D| in tied groups (its only place) and in the others."""
-    tied = torch.cat([(p.advantage == 0)[:, None].expand_as(p.batch.mask)[p.batch.mask]
-                      for p in parts])
-    gap = torch.cat([p.gap[p.batch.mask] for p in parts]).abs()
-    means = {"gap_tied": gap[tied], "gap_untied": gap[~tied]}
-    return {"tied_rollouts": torch.cat([p.advantage == 0 for p in parts]).float().mean().item(),
-            **{name: g.mean().item() if len(g) else 0.0 for name, g in means.items()}}
+    sums = {True: [0.0, 0], False: [0.0, 0]}
+    for part in parts:
+        in_tied = tied[part.index.to(tied.device)][:, None]
+        for kind in sums:
+            picked = part.gap[part.batch.mask & (in_tied == kind)].abs()
+            sums[kind][0] += picked.sum().item()
+            sums[kind][1] += len(picked)
+    return {"tied_rollouts": tied.float().mean().item(),
+            "gap_tied": sums[True][0] / max(1, sums[True][1]),
+            "gap_untied": sums[False][0] / max(1, sums[False][1])}
 
 
 def sample_record(step: int, example: tasks.Example, answer: str, verdict: tasks.Verdict,
@@ -896,15 +931,24 @@ def reference_batch(policy: Policy, examples: list[tasks.Example]) -> Batch:
     return Batch([policy.encode(e.prompt) for e in examples], completion, mask)
 
 
+def imitate(policy: Policy, role: tuple[str, ...], batch: Batch, micro_tokens: int) -> float:
+    """Add up the gradients of the batch's mean NLL at temperature 1; returns it."""
+    tokens, total = int(batch.mask.sum()), 0.0
+    for index in micro_batches(batch, micro_tokens):
+        loss = nll_loss(policy, role, batch.rows(index), 1.0, tokens)
+        loss.backward()
+        total += loss.item()
+    return total
+
+
 def sft_step(policy: Policy, task: tasks.Task, examples: list, state: State,
              cfg: Config) -> tuple[dict, list[dict]]:
     """The SFT baseline: as many optimiser steps on the same prompts, towards the references."""
     batch = reference_batch(policy, examples)
     for _ in range(cfg.epochs):
-        loss = nll_loss(policy, policy.student, batch, 1.0, int(batch.mask.sum()))
-        loss.backward()
+        nll = imitate(policy, policy.student, batch, cfg.micro_tokens)
         norm = optimizer_step(state.optimizer, cfg)
-    return {"nll": loss.item(), "grad_norm": norm, "tokens": int(batch.mask.sum())}, []
+    return {"nll": nll, "grad_norm": norm, "tokens": int(batch.mask.sum())}, []
 
 
 # =============================================================================================
@@ -968,16 +1012,12 @@ def pretrain(policy: Policy, documents: list[tuple[str, str]], recipe: dict) -> 
     for _ in bar:
         prompts, answers = zip(*rng.choices(rows, k=size), strict=True)
         batch = Batch(list(prompts), *pad(answers, policy.pad_id))
-        tokens, total = int(batch.mask.sum()), 0.0
         optimizer.zero_grad()
-        for index in micro_batches(batch, recipe["micro_tokens"]):
-            loss = nll_loss(policy, BASE, batch.rows(index), 1.0, tokens)
-            loss.backward()
-            total += loss.item()
+        loss = imitate(policy, BASE, batch, recipe["micro_tokens"])
         nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        bar.set_postfix(loss=f"{total:.2f}", refresh=False)
+        bar.set_postfix(loss=f"{loss:.2f}", refresh=False)
 
 
 def build_tiny(task: tasks.Task) -> Path:
@@ -1237,6 +1277,7 @@ def load_checkpoint(folder: Path, policy: Policy, state: State, cfg: Config) -> 
     saved = newest_checkpoint(folder)
     if saved["format"]:
         add_format_adapter(policy, cfg)
+        freeze_format(policy)
     for name, weight in named_adapters(policy.model).items():
         weight.data.copy_(saved["adapters"][name])
     state.optimizer.load_state_dict(saved["optimizer"])
@@ -1284,8 +1325,15 @@ def train_format(policy: Policy, task: tasks.Task, cfg: Config) -> None:
     order = torch.randperm(len(examples), generator=seeded("format", cfg.seed)).tolist()
     for i in progress(range(0, len(order), cfg.prompts), "Step 1: format"):
         batch = reference_batch(policy, [examples[j] for j in order[i:i + cfg.prompts]])
-        nll_loss(policy, policy.reference, batch, 1.0, int(batch.mask.sum())).backward()
+        imitate(policy, policy.reference, batch, cfg.micro_tokens)
         optimizer_step(optimizer, cfg)
+    freeze_format(policy)
+
+
+def freeze_format(policy: Policy) -> None:
+    """Step 1 is over: its adapter is part of the reference."""
+    for parameter in adapter_parameters(policy.model, "format"):
+        parameter.requires_grad_(False)
 
 
 def progress(items, what: str):
