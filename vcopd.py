@@ -276,6 +276,10 @@ def read_config(arguments: list[str]) -> tuple[Config, bool]:
 if __name__ == "__main__":
     CONFIG, RESUMING = read_config(sys.argv[1:])  # before the imports that take seconds
 
+# Threads that wait for one another must sleep: spinning ones make a step 10 times slower as soon as
+# another process, such as the judge, wants a core.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
@@ -955,8 +959,9 @@ def sft_step(policy: Policy, task: tasks.Task, examples: list, state: State,
 # The built-in model: a small Llama that is pretrained on the spot
 # =============================================================================================
 
-TINY_RECIPE = {"vocab": 768, "hidden": 128, "layers": 4, "heads": 4, "steps": 700, "batch": 32,
-               "lr": 3e-3, "documents": 12000, "micro_tokens": 1536, "seed": 1}
+TINY_RECIPE = {"vocab": 512, "hidden": 128, "layers": 4, "heads": 4, "init": 0.06,
+               "documents": 12000, "steps": 500, "batch_tokens": 3200, "micro_tokens": 1024,
+               "lr": 3e-3, "seed": 1}
 CHAT = "{% for m in messages %}<|user|>{{ m.content }}<|end|><|assistant|>{% endfor %}"
 
 
@@ -991,6 +996,7 @@ def new_tiny(tokenizer, recipe: dict) -> nn.Module:
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=width * 8 // 3,
         num_hidden_layers=recipe["layers"], num_attention_heads=recipe["heads"],
+        initializer_range=recipe["init"],  # 0.02 is for wide models: here copying emerges later
         max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     torch.manual_seed(recipe["seed"])
@@ -1000,10 +1006,11 @@ def new_tiny(tokenizer, recipe: dict) -> nn.Module:
 def pretrain(policy: Policy, documents: list[tuple[str, str]], recipe: dict) -> None:
     """Next-token training on the answers only: at this size, copying emerges in no other way."""
     rng = random.Random(recipe["seed"])
-    steps, size = recipe["steps"], recipe["batch"]
+    steps = recipe["steps"]
     stop = int(policy.stop_ids[0])
     rows = [(policy.encode(prompt), [*policy.tokenizer(answer).input_ids, stop])
             for prompt, answer in documents]
+    size = recipe["batch_tokens"] * len(rows) // sum(len(p) + len(a) for p, a in rows)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=recipe["lr"], betas=(0.9, 0.98),
                                   weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
