@@ -1988,13 +1988,13 @@ CODE_WORDS = sorted(set(re.findall(r"\w+|[^\w\s]", FAMILIES)) | set("0123456789"
                     | {name for pool in NAMES.values() for name in pool})
 
 
-WEB = {"right": 16, "renamed": 9, "unfixed": 65, "wrong": 10}  # how repairs on "the web" turn out
+WEB = {"right": 10, "renamed": 6, "unfixed": 77, "wrong": 7}  # how repairs on "the web" turn out
 
 
 def edit_document(rng: random.Random) -> tuple[str, str]:
     """A repair as one finds it: often right, oftener not; with a hint, always right."""
     example = make_edit(read_families(FAMILIES), OPERATORS, TRAIN, rng)
-    if rng.random() < 0.25:
+    if rng.random() < 0.3:
         return privileged_prompt(example), example.reference
     wrong = draw_bug(example.reference, OPERATORS, rng) or ("", example.buggy)
     answers = {"right": example.reference, "renamed": renamed(example.reference, rng),
@@ -2044,15 +2044,15 @@ def worked(sum_text: str, misread: bool) -> str:
 def draw_sum(forms: list[str], parts: range, rng: random.Random) -> str:
     """A sum of one of the forms, from the given parts of all sums."""
     while True:
-        text = re.sub("[a-d]", lambda _: str(rng.randint(1, 6)), rng.choice(forms))
+        text = re.sub("[a-d]", lambda _: str(rng.randint(1, 5)), rng.choice(forms))
         if part_of(text) in parts:
             return text
 
 
 def draw_fact(rng: random.Random) -> str:
     """A single operation of the kind that comes up inside the sums."""
-    a, b, sign = rng.randint(1, 6), rng.randint(1, 6), rng.choice("+-*")
-    return f"{a if sign == '*' else rng.randint(-6, 36)} {sign} {b}"
+    a, b, sign = rng.randint(1, 5), rng.randint(1, 5), rng.choice("+-*")
+    return f"{a if sign == '*' else rng.randint(-4, 25)} {sign} {b}"
 
 
 def sum_example(text: str) -> Example:
@@ -2077,15 +2077,15 @@ def sum_document(rng: random.Random) -> tuple[str, str]:
     example = sum_example(text)
     if rng.random() < 0.3:
         return privileged_prompt(example), example.reference
-    return example.prompt, worked(text, misread=rng.random() < 0.6)
+    return example.prompt, worked(text, misread=rng.random() < 0.65)
 
 
 def arithmetic() -> Task:
     """Order of operations in small sums."""
     anchors, benchmark = skill_examples(20, "skills")
-    return Task("arithmetic", verify_arithmetic, sums(FORMS, TRAIN, 500, "train"),
-                {"in_domain": sums(FORMS, TEST, 150, "in domain"),
-                 "out_of_domain": sums(FORMS_UNSEEN, TEST, 150, "out")},
+    return Task("arithmetic", verify_arithmetic, sums(FORMS, TRAIN, 280, "train"),
+                {"in_domain": sums(FORMS, TEST, 90, "in domain"),
+                 "out_of_domain": sums(FORMS_UNSEEN, TEST, 90, "out")},
                 anchors, benchmark, sum_document)
 
 

@@ -171,6 +171,7 @@ TINY = {  # the built-in model has 1 M parameters: what differs from the essay's
     "lr": 1e-3,  # small models want larger steps: at 1e-5 nothing moves in 40
     "max_new_tokens": 96,  # its functions are short
     "replay_every": 10,  # 200 steps would be never
+    "replay_share": 0.2,  # the upper end: so small a model forgets faster
     "eval_every": 10,
     "save_every": 10,
     "format_examples": 512,
@@ -960,7 +961,7 @@ def sft_step(policy: Policy, task: tasks.Task, examples: list, state: State,
 # =============================================================================================
 
 TINY_RECIPE = {"vocab": 512, "hidden": 128, "layers": 4, "heads": 4, "init": 0.06,
-               "documents": 12000, "steps": 500, "batch_tokens": 3200, "micro_tokens": 1024,
+               "documents": 12000, "steps": 700, "batch_tokens": 3200, "micro_tokens": 1024,
                "lr": 3e-3, "seed": 1}
 CHAT = "{% for m in messages %}<|user|>{{ m.content }}<|end|><|assistant|>{% endfor %}"
 
