@@ -1203,7 +1203,7 @@ def memory_needed(plan: nn.Module, dtype: torch.dtype, cfg: Config) -> dict[str,
             f"a micro-batch of {cfg.micro_tokens} tokens": cfg.micro_tokens * kept + logits}
 
 
-ACTIVATIONS = 1.5  # what a layer keeps, over the inputs and outputs of its matrices; measured
+ACTIVATIONS = 2  # what a layer keeps, over the inputs and outputs of its matrices (measured)
 
 
 def free_memory(device: torch.device) -> float:
@@ -1831,7 +1831,8 @@ def load_task(cfg: Config) -> tasks.Task:
         task = replace(task, evals={"eval_data": tasks.load_edits(cfg.eval_data)})
     if cfg.benchmark:
         task = replace(task, benchmark=tasks.load_benchmark(cfg.benchmark))
-    return task
+    apart = math.ceil(len(task.benchmark) / cfg.eval_problems)  # some of every skill
+    return replace(task, benchmark=task.benchmark[::apart])
 
 
 def start(policy: Policy, task: tasks.Task, out: Path, cfg: Config) -> dict:
