@@ -1,9 +1,6 @@
 """Real models: every claim on small random models of the architectures people use, no network."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -190,7 +187,7 @@ def test_a_peft_folder_as_the_model_is_where_training_starts(small, tmp_path):
 @pytest.mark.parametrize("options, named", [
     ({"use_dora": True}, "use_dora"), ({"bias": "all"}, "bias"),
     ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-    ({"init_lora_weights": "olora"}, "init_lora_weights=olora"),
+    ({"init_lora_weights": "olora"}, "init_lora_weights is 'olora'"),
     ({"alpha_pattern": {"v_proj": 2}}, "alpha_pattern")])
 def test_an_adapter_that_is_not_plain_lora_is_refused_by_name(options, named, small, tmp_path):
     """Loading it as if it were would be a wrong teacher that nobody notices."""
@@ -283,7 +280,7 @@ def test_a_prompt_begins_with_exactly_one_bos(kind, small):
 
 def test_thinking_is_switched_off_where_a_template_offers_it(small):
     """Qwen3 would think for longer than the longest answer; the format asks for the answer."""
-    template = CHATML + "{% if enable_thinking is defined and enable_thinking is false %}!{% endif %}"
+    template = CHATML + "{% if enable_thinking is sameas(false) %}!{% endif %}"
     policy = replace(vcopd.load_policy(config(small["llama"]), None),
                      tokenizer=small_tokenizer(template=template))
     assert policy.tokenizer.decode(policy.encode("Q")).endswith("<|assistant|>!")
@@ -357,15 +354,13 @@ def test_a_model_that_is_not_there_is_one_sentence(name, why, tmp_path, monkeypa
         vcopd.load_policy(config(name), None)
 
 
-def test_an_unreachable_hub_is_one_line_and_exit_code_2(tmp_path):
+def test_an_unreachable_hub_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
     """As the user sees it: no traceback."""
-    done = subprocess.run(
-        [sys.executable, vcopd.__file__, "--model", "owner/name", "--out", str(tmp_path / "run")],
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}, capture_output=True,
-        text=True, timeout=60)
-    assert done.returncode == 2
-    assert done.stderr.startswith("vcopd.py: owner/name cannot be loaded: ")
-    assert done.stderr.count("\n") == 1
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    cfg = config("owner/name", task="arithmetic", out=str(tmp_path / "run"))
+    assert vcopd.main(cfg, False) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("vcopd.py: owner/name cannot be loaded: ") and shown.count("\n") == 1
 
 
 def test_memory_is_estimated_before_loading_and_refused_only_when_hopeless(small, monkeypatch,
@@ -474,12 +469,9 @@ def test_all_roles_work_on_a_quantised_base(small, tmp_path):
 
 
 def own_data(folder: Path) -> dict[str, str]:
-    """A data file of own edits, a raw HumanEvalPack file, and a benchmark in HumanEval's format."""
-    code = {"own": {"id": "a", "buggy": "def f(x):\n    return x + 2", "entry_point": "f",
-                    "reference": "def f(x):\n    return x + 1",
-                    "tests": [{"args": [1], "expected": 2}]},
-            "raw": {"task_id": "P/0", "declaration": "def g(x):\n", "buggy_solution": "    return x",
-                    "canonical_solution": "    return x * 2", "entry_point": "g",
+    """A raw HumanEvalPack file, and a benchmark in HumanEval's format."""
+    code = {"raw": {"task_id": "P/0", "declaration": "def g(x):\n", "entry_point": "g",
+                    "buggy_solution": "    return x", "canonical_solution": "    return x * 2",
                     "test": "def check(g):\n    assert g(2) == 4\n\ncheck(g)"},
             "bench": {"task_id": "H/0", "prompt": 'def h(x):\n    """Add one."""\n',
                       "canonical_solution": "    return x + 1", "entry_point": "h",
@@ -496,14 +488,12 @@ def test_a_benchmark_program_is_judged_by_its_tests(tmp_path):
     assert not tasks.verify_skill(example, "def h(x):\n    return x").passed
 
 
-@pytest.mark.parametrize("data", ["own", "raw"])
-def test_eval_only_scores_an_adapter_on_a_data_file_and_trains_nothing(data, small, tmp_path,
-                                                                       capsys):
+def test_eval_only_scores_an_adapter_on_a_data_file_and_trains_nothing(small, tmp_path, capsys):
     """The same table, without a before; the KL says how far the adapter is from its base."""
     files = own_data(tmp_path)
     folder = peft_folder(small["llama"], tmp_path / "adapter")
     cfg, _ = vcopd.read_config([
-        "--model", str(folder), "--eval-only", "--eval-data", files[data], "--benchmark",
+        "--model", str(folder), "--eval-only", "--eval-data", files["raw"], "--benchmark",
         files["bench"], "--max-new-tokens", "8", "--eval-problems", "2", "--device", "cpu"])
     assert cfg.out == "runs/codeedit-eval"
     assert vcopd.main(replace(cfg, out=str(tmp_path / "run")), False) == 0
@@ -536,7 +526,9 @@ def test_a_quantised_run_completes_and_its_results_load(monkeypatch, tmp_path):
     assert vcopd.main(cfg, False) == 2  # the folder to merge into is taken
 
 
-def test_merging_needs_training():
-    """An option that would do nothing is refused."""
+@pytest.mark.parametrize("arguments", [["--merge", "F"], ["--steps", "3"], ["--teacher", "none"]])
+def test_what_only_training_needs_is_refused_with_eval_only(arguments, capsys):
+    """An option that would do nothing misleads."""
     with pytest.raises(SystemExit):
-        vcopd.read_config(["--eval-only", "--merge", "somewhere"])
+        vcopd.read_config(["--eval-only", *arguments])
+    assert f"{arguments[0]} does nothing with --eval-only" in capsys.readouterr().err

@@ -171,6 +171,9 @@ IDLE = {  # options that have nothing to do in a method, and are refused there
             "temperature", "top_p", "replay_every", "replay_keep"),
 }
 
+EVAL_ONLY = ("eval_only", "task", "model", "eval_data", "benchmark", "out", "device", "dtype",
+             "quantize", "rollouts", "max_new_tokens", "eval_problems", "unsafe_judge")
+
 TINY = {  # the built-in model has 1 M parameters: what differs from the essay's defaults, and why
     "steps": 40,  # a minute and a half on 2 cores, and enough
     "lr": 1e-3,  # small models want larger steps: at 1e-5 nothing moves in 40
@@ -275,8 +278,9 @@ def read_config(arguments: list[str]) -> tuple[Config, bool]:
     cfg = Config(**{**tiny, **tasks.PRESETS[task], **METHODS[method], **said})
     if task != "codeedit" and (cfg.data or cfg.eval_data):
         usage_error(f"--data and --eval-data hold code edits: leave them out with --task {task}")
-    if cfg.eval_only and cfg.merge:
-        usage_error("--merge writes what was trained: leave it out with --eval-only")
+    idle = [name for name in said if name not in EVAL_ONLY]
+    if cfg.eval_only and idle:
+        usage_error(f"{option(idle[0])} does nothing with --eval-only: leave it out")
     name = "eval" if cfg.eval_only else f"{cfg.method}-s{cfg.seed}"
     return replace(cfg, out=cfg.out or f"runs/{cfg.task}-{name}"), False
 
@@ -1106,7 +1110,7 @@ def load_frozen(name: str, cfg: Config) -> Policy:
     from transformers import AutoModelForCausalLM
     device = pick_device(cfg.device)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16,
-             "auto": torch.bfloat16 if device.type == "cuda" else torch.float32}[cfg.dtype]
+             "auto": fast_dtype(device)}[cfg.dtype]
     tokenizer, plan = read_plan(name)
     check_layers(plan, name, cfg)
     check_memory(plan, dtype, device, cfg)
@@ -1121,13 +1125,19 @@ def load_frozen(name: str, cfg: Config) -> Policy:
     wrap_linears(model)
     if cfg.quantize == "nf4":
         quantize_linears(model, device)
-    if keeps_little(plan, cfg):
+    if recomputes(plan, cfg):
         recompute_layers(model)
     stops = torch.tensor(stop_tokens(tokenizer, model.generation_config), device=device)
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     policy = Policy(model.to(device), tokenizer, stops, pad_id)
     self_check(policy, name)
     return policy
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device computes in it; old GPUs only imitate that."""
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if fast else torch.float32
 
 
 def read_plan(name: str) -> tuple[object, nn.Module]:
@@ -1180,7 +1190,7 @@ def check_layers(plan: nn.Module, name: str, cfg: Config) -> None:
 RECOMPUTE_FROM = 300_000_000  # parameters
 
 
-def keeps_little(plan: nn.Module, cfg: Config) -> bool:
+def recomputes(plan: nn.Module, cfg: Config) -> bool:
     """Is memory dearer than time? With NF4, autograd would keep every dequantised weight."""
     size = sum(p.numel() for p in plan.parameters())
     return size >= RECOMPUTE_FROM or cfg.quantize == "nf4"
@@ -1195,7 +1205,7 @@ def memory_needed(plan: nn.Module, dtype: torch.dtype, cfg: Config) -> dict[str,
     others = sum(p.numel() for p in plan.parameters()) - linear
     weight = 4 / 8 + 4 / 64 if cfg.quantize == "nf4" else wide  # bytes of one
     kept = ACTIVATIONS * sum(out * wide + inp * 4 for out, inp in shapes)  # by a token
-    if keeps_little(plan, cfg):
+    if recomputes(plan, cfg):
         kept = kept / depth + wide * config.hidden_size * depth
     logits = 6 * 4 * CHUNK * config.vocab_size
     return {"weights": linear * weight + others * wide,
@@ -1353,12 +1363,10 @@ def quantize_linears(model: nn.Module, device: torch.device) -> None:
 # Adapters in PEFT's format, in and out
 # =============================================================================================
 
-PLAIN = {  # settings of PEFT's LoRA that change what A and B mean, and their plain values
-    "use_dora": False, "bias": "none", "lora_bias": False, "modules_to_save": None,
-    "trainable_token_indices": None, "target_parameters": None, "layer_replication": None,
-    "alpha_pattern": {}, "alora_invocation_tokens": None, "use_qalora": False, "use_bdlora": None,
-    "arrow_config": None, "velora_config": None, "monteclora_config": None,
-}
+NOT_PLAIN = (  # settings of PEFT's LoRA that, where set, change what A and B mean or add to them
+    "use_dora", "bias", "lora_bias", "modules_to_save", "trainable_token_indices",
+    "target_parameters", "layer_replication", "alpha_pattern", "alora_invocation_tokens",
+    "use_qalora", "use_bdlora", "arrow_config", "velora_config", "monteclora_config")
 
 
 def is_adapter(name: str) -> bool:
@@ -1375,12 +1383,12 @@ def adapter_settings(folder: Path) -> dict:
         raise RunError(f"{folder} holds no adapter_config.json of PEFT ({error})") from None
     if kind != "LORA":
         raise RunError(f"{folder} holds an adapter of the kind {kind}: only LORA is supported")
-    odd = [name for name, plain in PLAIN.items() if settings.get(name) and settings[name] != plain]
-    if isinstance(settings.get("init_lora_weights"), str):  # PiSSA and others change the base
-        odd += [] if settings["init_lora_weights"] in ("gaussian", "eva", "orthogonal") else [
-            f"init_lora_weights={settings['init_lora_weights']}"]
+    odd = [name for name in NOT_PLAIN if settings.get(name) not in (None, False, "none", {}, [])]
+    if settings.get("init_lora_weights", True) not in (True, False, "gaussian", "eva"):
+        odd.append("init_lora_weights")  # PiSSA and others change the base too
     if odd:
-        raise RunError(f"{folder} is not plain LoRA: {', '.join(odd)} is not supported")
+        raise RunError(f"{folder} is not plain LoRA: {odd[0]} is {settings[odd[0]]!r}, which is "
+                       "not supported")
     return settings
 
 
@@ -1446,7 +1454,7 @@ def export_merged(folder: Path, policy: Policy) -> None:
         weight = layer.base.weight.detach()
         change = sum(layer.scale[n] * layer.lora_B[n] @ layer.lora_A[n] for n in policy.student)
         change = change.T if hasattr(layer.base, "nf") else change
-        state[f"{path}.weight"] = (weight.float() + change.detach()).to(weight.dtype)
+        state[f"{path}.weight"] = (weight.float() + change.detach()).to(weight.dtype).cpu()
         if layer.base.bias is not None:
             state[f"{path}.bias"] = layer.base.bias
     policy.model.save_pretrained(folder, state_dict=state)
@@ -1848,6 +1856,9 @@ def start(policy: Policy, task: tasks.Task, out: Path, cfg: Config) -> dict:
         print(f"Step 1: {rate:.0%} of the answers are well-formed, "
               f"below {cfg.format_threshold:.0%}: format SFT first")
         train_format(policy, task, cfg)
+        problems = first_split(task.evals)[:cfg.eval_problems]
+        scores, _ = split_scores(policy, task, policy.reference, problems, cfg)
+        print(f"Step 1: {rate:.0%} -> {scores['format']:.0%} well-formed answers", flush=True)
     return before
 
 
