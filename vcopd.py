@@ -41,6 +41,8 @@ One frozen model plays every role; named LoRA adapters and the prompt decide whi
     pi_ref, KL anchor       {format} if Step 1 ran          the prompt
     pi_theta, the student   {format} + {policy}             the prompt
     T, the self teacher     as pi_ref                       the prompt and the privileged hint
+    T, a specialist         {specialist}, from a folder     the prompt and the privileged hint
+    T, a stronger one       another model, the same ids     the prompt and the privileged hint
 
 Where this differs from the essay (each is marked `differs:` on its line):
 
@@ -1097,15 +1099,18 @@ def load_teacher(policy: Policy, cfg: Config) -> None:
         load_adapter(policy.model, "specialist", Path(cfg.teacher))
         policy.specialist = True
         return
-    policy.stronger = load_frozen(cfg.teacher, cfg)
-    if policy.stronger.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
+    tokenizer, _ = read_plan(cfg.teacher)
+    if tokenizer.get_vocab() != policy.tokenizer.get_vocab():
         raise RunError(f"--teacher {cfg.teacher} has another tokenizer than the student: it must "
                        "know every token by the same id, so give a model of the same family")
+    policy.stronger = load_frozen(cfg.teacher, cfg)
 
 
 def load_frozen(name: str, cfg: Config) -> Policy:
-    """A causal LM, frozen and wrapped, with its tokenizer; checked before and after its weights
-    are loaded. Raises RunError."""
+    """A causal LM and its tokenizer: frozen, wrapped and checked. Raises RunError.
+
+    What can be refused is refused before the weights are fetched.
+    """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     device = pick_device(cfg.device)
@@ -1289,8 +1294,10 @@ def recompute_layers(model: nn.Module) -> None:
 
 
 def recomputed(model: nn.Module, forward, *inputs, **options):
-    """A layer's forward pass, done again in the backward pass: under the adapters of now, though
-    their `with` block will be over by then."""
+    """A layer's forward pass, which the backward pass will do again.
+
+    Under the adapters of now: by then their `with` block is over.
+    """
     if not torch.is_grad_enabled():
         return forward(*inputs, **options)
     active = next(iter(lora_layers(model).values())).active
