@@ -1367,7 +1367,7 @@ def quantize_linears(model: nn.Module, device: torch.device) -> None:
 
 
 # =============================================================================================
-# Adapters in PEFT's format, in and out
+# Adapters in PEFT's format that were made elsewhere
 # =============================================================================================
 
 NOT_PLAIN = (  # settings of PEFT's LoRA that, where set, change what A and B mean or add to them
@@ -1428,44 +1428,6 @@ def load_adapter(model: nn.Module, name: str, folder: Path) -> None:
                        "MLP here")
     for parameter in adapter_parameters(model, name):
         parameter.requires_grad_(False)
-
-
-def export_adapter(folder: Path, policy: Policy) -> None:
-    """The student as one adapter in PEFT's format.
-
-    A sum of low-rank updates is one update of the summed rank: [s1 B1, s2 B2] [A1; A2].
-    """
-    from safetensors.torch import save_file
-    weights = {}
-    for name, layer in lora_layers(policy.model).items():
-        a = torch.cat([layer.lora_A[n] for n in policy.student])
-        b = torch.cat([layer.lora_B[n] * layer.scale[n] for n in policy.student], 1)
-        for kind, weight in (("lora_A", a), ("lora_B", b)):
-            weights[f"base_model.model.{name}.{kind}.weight"] = weight.detach().cpu().contiguous()
-    rank = len(a)
-    folder.mkdir(exist_ok=True)
-    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    write_json(folder / "adapter_config.json", {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank,
-        "lora_dropout": 0.0, "bias": "none", "base_model_name_or_path": policy.model.name_or_path,
-        "fan_in_fan_out": hasattr(layer.base, "nf"),
-        "target_modules": sorted({n.split(".")[-1] for n in lora_layers(policy.model)})})
-
-
-def export_merged(folder: Path, policy: Policy) -> None:
-    """The student as a plain model with its tokenizer: W + s B A in the dtype of W."""
-    layers = lora_layers(policy.model)
-    wrapped = tuple(f"{path}." for path in layers)
-    state = {k: w for k, w in policy.model.state_dict().items() if not k.startswith(wrapped)}
-    for path, layer in layers.items():
-        weight = layer.base.weight.detach()
-        change = sum(layer.scale[n] * layer.lora_B[n] @ layer.lora_A[n] for n in policy.student)
-        change = change.T if hasattr(layer.base, "nf") else change
-        state[f"{path}.weight"] = (weight.float() + change.detach()).to(weight.dtype).cpu()
-        if layer.base.bias is not None:
-            state[f"{path}.bias"] = layer.base.bias
-    policy.model.save_pretrained(folder, state_dict=state)
-    policy.tokenizer.save_pretrained(folder)
 
 
 # =============================================================================================
@@ -1677,6 +1639,44 @@ def load_checkpoint(folder: Path, policy: Policy, state: State, cfg: Config) -> 
     state.optimizer.load_state_dict(saved["optimizer"])
     state.step, state.kl_coef = saved["step"], saved["kl_coef"]
     state.replay = saved["replay"] and Batch(**saved["replay"])
+
+
+def export_adapter(folder: Path, policy: Policy) -> None:
+    """The student as one adapter in PEFT's format.
+
+    A sum of low-rank updates is one update of the summed rank: [s1 B1, s2 B2] [A1; A2].
+    """
+    from safetensors.torch import save_file
+    weights = {}
+    for name, layer in lora_layers(policy.model).items():
+        a = torch.cat([layer.lora_A[n] for n in policy.student])
+        b = torch.cat([layer.lora_B[n] * layer.scale[n] for n in policy.student], 1)
+        for kind, weight in (("lora_A", a), ("lora_B", b)):
+            weights[f"base_model.model.{name}.{kind}.weight"] = weight.detach().cpu().contiguous()
+    rank = len(a)
+    folder.mkdir(exist_ok=True)
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_json(folder / "adapter_config.json", {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank,
+        "lora_dropout": 0.0, "bias": "none", "base_model_name_or_path": policy.model.name_or_path,
+        "fan_in_fan_out": hasattr(layer.base, "nf"),
+        "target_modules": sorted({n.split(".")[-1] for n in lora_layers(policy.model)})})
+
+
+def export_merged(folder: Path, policy: Policy) -> None:
+    """The student as a plain model with its tokenizer: W + s B A in the dtype of W."""
+    layers = lora_layers(policy.model)
+    wrapped = tuple(f"{path}." for path in layers)
+    state = {k: w for k, w in policy.model.state_dict().items() if not k.startswith(wrapped)}
+    for path, layer in layers.items():
+        weight = layer.base.weight.detach()
+        change = sum(layer.scale[n] * layer.lora_B[n] @ layer.lora_A[n] for n in policy.student)
+        change = change.T if hasattr(layer.base, "nf") else change
+        state[f"{path}.weight"] = (weight.float() + change.detach()).to(weight.dtype).cpu()
+        if layer.base.bias is not None:
+            state[f"{path}.bias"] = layer.base.bias
+    policy.model.save_pretrained(folder, state_dict=state)
+    policy.tokenizer.save_pretrained(folder)
 
 
 # =============================================================================================
