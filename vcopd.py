@@ -1111,7 +1111,6 @@ def load_frozen(name: str, cfg: Config) -> Policy:
 
     What can be refused is refused before the weights are fetched.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     device = pick_device(cfg.device)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16,
@@ -1122,7 +1121,7 @@ def load_frozen(name: str, cfg: Config) -> Policy:
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, trust_remote_code=False, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # of any kind, where a file is damaged
         raise load_error(name, error) from None
     if info["missing_keys"]:
         raise RunError(f"{name} holds no weights for {min(info['missing_keys'])}")
@@ -1153,7 +1152,7 @@ def read_plan(name: str) -> tuple[object, nn.Module]:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         with torch.device("meta"):
             plan = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # of any kind, where a file is damaged
         raise load_error(name, error) from None
     if tokenizer.eos_token_id is None:
         raise RunError(f"{name} has a tokenizer without an end-of-sequence token: no answer of "
@@ -1164,7 +1163,7 @@ def read_plan(name: str) -> tuple[object, nn.Module]:
 
 def load_error(name: str, error: Exception) -> RunError:
     """What went wrong with a model, in one sentence."""
-    why = str(error).split("\n")[0].rstrip(".")
+    why = (str(error) or repr(error)).splitlines()[0].rstrip(".")
     if Path(name).is_dir() and not (Path(name) / "config.json").exists():
         why = "the folder holds no config.json"
     elif "Repo id must" in why:
