@@ -354,6 +354,16 @@ def test_a_model_that_is_not_there_is_one_sentence(name, why, tmp_path, monkeypa
         vcopd.load_policy(config(name), None)
 
 
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_damaged_file_is_one_sentence(file, tmp_path):
+    """Half a download, say."""
+    folder = Path(save_small(tmp_path / "model"))
+    (folder / file).write_bytes((folder / file).read_bytes()[:100])
+    with pytest.raises(vcopd.RunError, match=f"{folder} cannot be loaded: .*; give tiny") as error:
+        vcopd.load_policy(config(str(folder)), None)
+    assert "\n" not in str(error.value)
+
+
 def test_an_unreachable_hub_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
     """As the user sees it: no traceback."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

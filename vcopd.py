@@ -1749,7 +1749,7 @@ def train(policy: Policy, task: tasks.Task, state: State, out: Path, cfg: Config
 
 def probe(policy: Policy, task: tasks.Task, cfg: Config) -> float:
     """Greedy pass rate on a few held-out problems: a look while training runs."""
-    problems = first_split(task.evals)[:SLICE]
+    problems = first_split(task.evals)[:cfg.eval_problems][:SLICE]
     verdicts = greedy_verdicts(policy, policy.student, problems, task.verify, cfg)
     return mean(v.passed for _, v in verdicts)
 
