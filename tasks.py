@@ -1123,8 +1123,9 @@ def program_from_row(row: dict) -> Example:
     shown, body = text_field(row, "prompt"), text_field(row, "canonical_solution")
     return checked(Example(
         text_field(row, "task_id"), f"{PROGRAM_PROMPT}\n\n{tidy(shown)}", tidy(shown + body),
-        hint=tidy(shown + body), buggy=tidy(shown), entry_point=text_field(row, "entry_point"),
-        test_code=script_field(row, "test")), "prompt", "canonical_solution")
+        hint=tidy(shown + body), skill="programs", buggy=tidy(shown),
+        entry_point=text_field(row, "entry_point"), test_code=script_field(row, "test")),
+        "prompt", "canonical_solution")
 
 
 def checked(example: Example, shown: str, reference: str) -> Example:
@@ -1887,6 +1888,8 @@ def words_of(text: str) -> list[str]:
 
 def has_skill(example: Example, answer: str) -> bool:
     """Is the answer to an anchor prompt right? Exact where the prompt asks for a form."""
+    if example.skill == "programs":
+        return verify_program(example, answer).passed
     if example.skill == "coding":
         code, problem = unwrap_answer(answer)
         return not problem and not run_tests(code, example.entry_point, example.tests)
