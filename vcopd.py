@@ -880,7 +880,7 @@ def train_step(policy: Policy, task: tasks.Task, examples: list, state: State,
     metrics = {**rollout_metrics(batch, verdicts, policy), **hint_metrics(parts), **info,
                "kl_coef": state.kl_coef}
     group = range(cfg.rollouts)
-    return metrics, [sample_record(state.step, rows[i], answers[i], verdicts[i],
+    return metrics, [sample_record(state.step + 1, rows[i], answers[i], verdicts[i],
                                    advantage[i].item()) for i in group]
 
 
