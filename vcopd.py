@@ -1663,14 +1663,14 @@ def print_examples(task: tasks.Task, before: dict, after: dict) -> None:
 
 def load_task(cfg: Config) -> tasks.Task:
     """The task, with the user's own data files in place of its own."""
-    task = tasks.TASKS[cfg.task]()
+    own = {}
     if cfg.data:
-        task = replace(task, train=tasks.load_edits(cfg.data))
+        own["train"] = tasks.load_edits(cfg.data)
     if cfg.eval_data:
-        task = replace(task, evals={"eval_data": tasks.load_edits(cfg.eval_data)})
+        own["evals"] = {"eval_data": tasks.load_edits(cfg.eval_data)}
     if cfg.benchmark:
-        task = replace(task, benchmark=tasks.load_benchmark(cfg.benchmark))
-    return task
+        own["benchmark"] = tasks.load_benchmark(cfg.benchmark)
+    return replace(tasks.TASKS[cfg.task](), **own)
 
 
 def check_free(out: Path, cfg: Config) -> None:
