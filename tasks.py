@@ -1166,6 +1166,10 @@ def tests_field(row: dict) -> tuple:
         if not (isinstance(test, dict) and test.keys() == {"args", "expected"}
                 and isinstance(test["args"], list)):
             raise LoadError(f'field "tests" {want}, but entry {number} is not one')
+        try:
+            encode([test["args"], test["expected"]])
+        except ValueError as error:
+            raise LoadError(f'field "tests", entry {number}: too deeply nested ({error})') from None
     return tuple((tuple(test["args"]), test["expected"]) for test in tests)
 
 

@@ -452,9 +452,12 @@ def test_a_bad_data_file_is_one_sentence(base, tmp_path, capsys):
     files = bad_data()
     for data in files:
         path.write_bytes(data)
-        assert run(["--data", str(path), "--model", str(base), "--out", str(tmp_path / "o")]) == 2
-        assert str(path) in one_error(capsys), data[:200]
+        with pytest.raises(tasks.LoadError) as error:
+            tasks.load_edits(str(path))
+        assert str(path) in str(error.value) and "\n" not in str(error.value), data[:200]
     assert len(files) >= 60
+    assert run(["--data", str(path), "--model", str(base), "--out", str(tmp_path / "o")]) == 2
+    assert str(path) in one_error(capsys)
 
 
 def test_a_file_in_place_of_a_folder_and_a_folder_in_place_of_a_file(
