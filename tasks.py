@@ -1168,6 +1168,10 @@ def tests_field(row: dict) -> tuple:
         if not (isinstance(test, dict) and test.keys() == {"args", "expected"}
                 and isinstance(test["args"], list)):
             raise LoadError(f'field "tests" {want}, but entry {number} is not one')
+        try:
+            encode([test["args"], test["expected"]])
+        except ValueError as error:
+            raise LoadError(f'field "tests", entry {number}: too deeply nested ({error})') from None
     return tuple((tuple(test["args"]), test["expected"]) for test in tests)
 
 
@@ -2092,7 +2096,7 @@ def arithmetic() -> Task:
                 anchors, benchmark, sum_document)
 
 
-WEB_MIX = {"task": 60, "skills": 25, "copying": 15}  # what tiny's pretraining is made of
+WEB_MIX = {"task": 60, "skills": 30, "copying": 10}  # what tiny's pretraining is made of
 
 
 def web_document(task: Task, rng: random.Random) -> tuple[str, str]:

@@ -60,6 +60,7 @@ D hidden size, N tokens picked by a mask.
 import argparse
 import contextlib
 import difflib
+import errno
 import hashlib
 import io
 import json
@@ -69,12 +70,13 @@ import random
 import shutil
 import signal
 import sys
-import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 
 import tasks
@@ -85,6 +87,7 @@ import tasks
 # =============================================================================================
 
 INF = float("inf")
+LARGEST = 2**31 - 1  # of whole numbers: sizes of tensors
 
 
 def knob(default, text, low=None, high=None, choices=None):
@@ -198,8 +201,20 @@ GROUPS = {  # headings of --help: the option that each begins with
 
 def usage_error(message: str) -> None:
     """One sentence on the error stream, exit code 2."""
-    print(f"vcopd.py: {message} (see --help)", file=sys.stderr)
+    print(one_line(f"{message} (see --help)"), file=sys.stderr)
     sys.exit(2)
+
+
+def one_line(message: object) -> str:
+    """An error as users see it, whatever line breaks the names in it bring along."""
+    return f"vcopd.py: {' '.join(str(message).split())}"
+
+
+def number(text: str) -> float:
+    """A float that one can calculate with. Raises ValueError, for nan and inf too."""
+    if not math.isfinite(float(text)):
+        raise ValueError(text)
+    return float(text)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -221,7 +236,8 @@ def build_parser() -> argparse.ArgumentParser:
         if meta["kind"] is bool:
             group.add_argument(flag, help=meta["help"], action="store_true")
         else:
-            group.add_argument(flag, help=shown, type=meta["kind"], choices=meta["choices"],
+            kind = number if meta["kind"] is float else meta["kind"]
+            group.add_argument(flag, help=shown, type=kind, choices=meta["choices"],
                                metavar=None if meta["choices"] else meta["kind"].__name__.upper())
     group.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
     return parser
@@ -237,24 +253,46 @@ def default_of(name: str, default) -> str:
     return f"{default}; tiny {TINY[name]}" if name in TINY else f"{default}"
 
 
-def check_range(name: str, value, meta: dict) -> None:
-    """A number outside the range of its knob is a usage error."""
+def fault_in(name: str, value, meta: dict) -> str:
+    """What is wrong with the value of an option, or nothing."""
     low, high = meta["low"], meta["high"]
-    if low is not None and not low <= value <= (INF if high is None else high):
-        usage_error(f"{option(name)} is {value}: give a number from {low}"
-                    + (" up" if high is None else f" to {high}"))
+    top = high or (LARGEST if meta["kind"] is int else INF)
+    if type(value) is not meta["kind"] or meta["choices"] and value not in meta["choices"]:
+        return f"{option(name)} is {value!r}: give one of {meta['choices'] or [meta['kind']]}"
+    if low is not None and not low <= value <= top:
+        return f"{option(name)} is {value}: give a number from {low}" + (
+            " up" if high is None and value < low else f" to {top}")
+    return ""
+
+
+def check_config(values: object) -> Config:
+    """The Config in a config.json. Raises ValueError when it is not just that."""
+    if not isinstance(values, dict) or values.keys() != {f.name for f in fields(Config)}:
+        raise ValueError("config.json does not hold the options of this version")
+    for knob_field in fields(Config):
+        name = knob_field.name
+        preset = METHODS.get(values["method"], {}).get(name)
+        if values[name] != preset and (why := fault_in(name, values[name], knob_field.metadata)):
+            raise ValueError(f"config.json: {why}")
+    return Config(**values)
 
 
 def saved_config(folder: str, said: dict) -> Config:
     """The config of a run that is resumed. What was said may only prolong or move it."""
     try:
-        saved = Config(**json.loads((Path(folder) / "config.json").read_text("utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        usage_error(f"--resume {folder}: no run can be read there ({error})")
+        saved = check_config(json.loads((Path(folder) / "config.json").read_text("utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        usage_error(f"--resume {folder}: no run can be read there ({error}): "
+                    "give the folder of a run, as --out named it")
     for name, value in said.items():
-        if name not in ("steps", "save_every", "device") and value != getattr(saved, name):
+        if (name not in ("steps", "save_every", "device", "micro_tokens")
+                and value != getattr(saved, name)):
             usage_error(f"{option(name)} {value} would break the continuation of a run with "
                         f"{getattr(saved, name)}: leave it out, or start a new run")
+    if (Path(folder) / "report.json").exists() and said.get("steps", 0) <= saved.steps:
+        print(f"The run in {folder} is finished: read report.json there, or train longer with "
+              f"--resume {folder} --steps N, N above {saved.steps}")
+        sys.exit(0)
     return replace(saved, **{**said, "out": folder})
 
 
@@ -263,8 +301,9 @@ def read_config(arguments: list[str]) -> tuple[Config, bool]:
     said = vars(build_parser().parse_args(arguments))
     folder = said.pop("resume", None)
     for knob_field in fields(Config):
-        if knob_field.name in said:
-            check_range(knob_field.name, said[knob_field.name], knob_field.metadata)
+        name = knob_field.name
+        if name in said and (why := fault_in(name, said[name], knob_field.metadata)):
+            usage_error(why)
     if folder is not None:
         return saved_config(folder, said), True
     method, task = said.get("method", Config.method), said.get("task", Config.task)
@@ -297,6 +336,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
@@ -305,6 +345,10 @@ from tqdm import tqdm  # noqa: E402
 
 class RunError(Exception):
     """Something a user can mend; shown as one sentence, exit code 2."""
+
+
+class NotFinite(RunError):
+    """A gradient with which no step can be taken."""
 
 
 # #############################################################################################
@@ -781,6 +825,7 @@ class State:
     kl_coef: float
     step: int = 0
     replay: Batch | None = None
+    before: dict = field(default_factory=dict)  # the base's scores, to compare with at the end
 
 
 def verify_all(verify, examples: list, answers: list[str]) -> list[tasks.Verdict]:
@@ -830,7 +875,7 @@ def update(policy: Policy, parts: list[Experience], replay: Batch | None, state:
            cfg: Config) -> dict[str, float]:
     """One optimiser step on the whole batch; gradients of the micro-batches add up."""
     share = 0.0 if replay is None else cfg.replay_share
-    tokens = sum(int(part.batch.mask.sum()) for part in parts)
+    tokens = total(sum(int(part.batch.mask.sum()) for part in parts))
     sums: dict[str, float] = {}
     for part in parts:
         hidden = completion_hidden(policy, policy.student, part.batch)
@@ -843,20 +888,28 @@ def update(policy: Policy, parts: list[Experience], replay: Batch | None, state:
         total_loss(loss, 0.0, share).backward()
         for name, value in info.items():
             sums[name] = sums.get(name, 0.0) + value.item()
+    replay_tokens = total(int(replay.mask.sum())) if replay else 0
     for index in micro_batches(replay, cfg.micro_tokens) if replay else []:
         loss_replay = nll_loss(policy, policy.student, replay.rows(index), cfg.temperature,
-                               int(replay.mask.sum()))
+                               replay_tokens)
         total_loss(0.0, loss_replay, share).backward()
         sums["replay_loss"] = sums.get("replay_loss", 0.0) + loss_replay.item()
+    sums = {name: total(value) for name, value in sums.items()}
     return {**sums, "grad_norm": optimizer_step(state.optimizer, cfg)}
 
 
 def optimizer_step(optimizer: torch.optim.Optimizer, cfg: Config) -> float:
-    """Clip the gradient, take the step; returns the norm. Raises when it is not finite."""
+    """Clip the gradient, take the step; returns the norm. Raises NotFinite instead of the step.
+
+    A loss that is not finite shows here too: neither is its gradient.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    sum_gradients(parameters)
     norm = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm).item()
     if not math.isfinite(norm):
-        raise RunError(f"the gradient is {norm}: lower --lr (now {cfg.lr:g}) or --kl-coef")
+        rate = optimizer.param_groups[0]["lr"]
+        raise NotFinite(f"the gradient is {norm}, so no step was taken: "
+                        f"start a new run with a lower learning rate (now {rate:g})")
     optimizer.step()
     optimizer.zero_grad()
     return norm
@@ -867,7 +920,7 @@ def train_step(policy: Policy, task: tasks.Task, examples: list, state: State,
     """One step of VC-OPD on P examples. Returns metrics, and the first group for people to read."""
     # sample K answers to each prompt from the current student
     prompts = [policy.encode(example.prompt) for example in examples]
-    generator = seeded("rollouts", cfg.seed, state.step)
+    generator = seeded("rollouts", cfg.seed, world() * state.step + rank())
     batch = sample(policy, policy.student, prompts, cfg.rollouts, cfg, generator)
 
     # let the verifier decide what each is worth, and compare within each group
@@ -898,7 +951,7 @@ def train_step(policy: Policy, task: tasks.Task, examples: list, state: State,
     metrics = {**rollout_metrics(batch, verdicts, policy), **info, "kl_coef": state.kl_coef,
                **hint_metrics(parts, tied_groups(reward, cfg.rollouts))}
     group = range(cfg.rollouts)
-    return metrics, [sample_record(state.step, rows[i], answers[i], verdicts[i],
+    return metrics, [sample_record(state.step + 1, rows[i], answers[i], verdicts[i],
                                    advantage[i].item()) for i in group]
 
 
@@ -906,10 +959,11 @@ def draw_replay(state: State, rows: int, epoch: int, cfg: Config) -> Batch | Non
     """As many kept samples as make `replay_share` of the batch."""
     if state.replay is None:
         return None
-    count = max(1, round(rows * cfg.replay_share / (1 - cfg.replay_share)))
+    rows = rows * world()
+    count = max(world(), round(rows * cfg.replay_share / (1 - cfg.replay_share)))
     generator = seeded("mix", cfg.seed, state.step, epoch)
-    return state.replay.rows(torch.randint(len(state.replay.contexts), (count,),
-                                           generator=generator))
+    return state.replay.rows(mine(torch.randint(len(state.replay.contexts), (count,),
+                                                generator=generator)))
 
 
 # #############################################################################################
@@ -925,29 +979,30 @@ def draw_replay(state: State, rows: int, epoch: int, cfg: Config) -> Batch | Non
 
 def rollout_metrics(batch: Batch, verdicts: list[tasks.Verdict], policy: Policy) -> dict:
     """What the verifier saw in this step."""
+    verdicts = gathered(verdicts)
     count = len(verdicts)
-    ended = torch.isin(batch.completion, policy.stop_ids) & batch.mask
+    ended = (torch.isin(batch.completion, policy.stop_ids) & batch.mask).any(1)
     return {"reward": sum(v.reward for v in verdicts) / count,
             "pass_rate": sum(v.passed for v in verdicts) / count,
             "format_rate": sum(v.formatted for v in verdicts) / count,
-            "truncated": 1 - ended.any(1).float().mean().item(),
-            "tokens": int(batch.mask.sum()),
+            "truncated": 1 - total(int(ended.sum())) / count,
+            "tokens": total(int(batch.mask.sum())),
             "reasons": dict(sorted(Counter(v.reason.split(":")[0].rstrip(" 0123456789")
                                            for v in verdicts).items()))}
 
 
 def hint_metrics(parts: list[Experience], tied: Tensor) -> dict[str, float]:
     """Where the teacher spoke: mean |D| in tied groups (its only place) and in the others."""
-    sums = {True: [0.0, 0], False: [0.0, 0]}
+    sums = {"gap_tied": 0.0, "gap_untied": 0.0}
+    counts = dict.fromkeys(sums, 0)
     for part in parts:
         in_tied = tied[part.index.to(tied.device)][:, None]
-        for kind in sums:
-            picked = part.gap[part.batch.mask & (in_tied == kind)].abs()
-            sums[kind][0] += picked.sum().item()
-            sums[kind][1] += len(picked)
-    return {"tied_rollouts": tied.float().mean().item(),
-            "gap_tied": sums[True][0] / max(1, sums[True][1]),
-            "gap_untied": sums[False][0] / max(1, sums[False][1])}
+        for name, where in (("gap_tied", in_tied), ("gap_untied", ~in_tied)):
+            gap = part.gap[part.batch.mask & where].abs()
+            sums[name] += gap.sum().item()
+            counts[name] += len(gap)
+    return {"tied_rollouts": total(int(tied.sum())) / total(len(tied)),
+            **{name: total(sums[name]) / max(1, total(counts[name])) for name in sums}}
 
 
 def sample_record(step: int, example: tasks.Example, answer: str, verdict: tasks.Verdict,
@@ -970,31 +1025,120 @@ def reference_batch(policy: Policy, examples: list[tasks.Example]) -> Batch:
     return Batch([policy.encode(e.prompt) for e in examples], completion, mask)
 
 
-def imitate(policy: Policy, role: tuple[str, ...], batch: Batch, micro_tokens: int) -> float:
-    """Add up the gradients of the batch's mean NLL at temperature 1; returns it."""
-    tokens, total = int(batch.mask.sum()), 0.0
+def imitate(policy: Policy, role: tuple[str, ...], batch: Batch, tokens: int,
+            micro_tokens: int) -> float:
+    """Add up the gradients of the NLL over `tokens` at temperature 1; returns its value."""
+    value = 0.0
     for index in micro_batches(batch, micro_tokens):
         loss = nll_loss(policy, role, batch.rows(index), 1.0, tokens)
         loss.backward()
-        total += loss.item()
-    return total
+        value += loss.item()
+    return value
 
 
 def sft_step(policy: Policy, task: tasks.Task, examples: list, state: State,
              cfg: Config) -> tuple[dict, list[dict]]:
     """The SFT baseline: as many optimiser steps on the same prompts, towards the references."""
     batch = reference_batch(policy, examples)
+    tokens = total(int(batch.mask.sum()))
     for _ in range(cfg.epochs):
-        nll = imitate(policy, policy.student, batch, cfg.micro_tokens)
+        nll = imitate(policy, policy.student, batch, tokens, cfg.micro_tokens)
         norm = optimizer_step(state.optimizer, cfg)
-    return {"nll": nll, "grad_norm": norm, "tokens": int(batch.mask.sum())}, []
+    return {"nll": total(nll), "grad_norm": norm, "tokens": tokens}, []
+
+
+# =============================================================================================
+# Several devices: torchrun --nproc_per_node N vcopd.py ... With one process, all this is nothing.
+#
+# Each process ("rank") holds the whole model and takes its share of a step's prompts. Losses are
+# divided by the token count of all ranks, so that gradients and metrics need only be summed.
+# Weights, optimiser, beta and replay pool stay the same everywhere. Rank 0 writes and evaluates.
+# =============================================================================================
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def join_ranks(cfg: Config) -> None:
+    """Meet the other processes, if torchrun started this one. Raises RunError."""
+    count, local = (int(os.environ.get(n, d)) for n, d in (("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if not dist.is_torchelastic_launched() or count == 1:
+        return
+    if cfg.prompts % count:
+        raise RunError(f"--prompts {cfg.prompts} cannot be shared by {count} processes: "
+                       "give a multiple")
+    if cfg.device not in ("auto", "cuda", "cpu"):
+        raise RunError(f"--device {cfg.device} is one device, and torchrun started {count} "
+                       "processes: give cuda or cpu")
+    cuda = cfg.device != "cpu" and torch.cuda.is_available()
+    if cuda and local >= torch.cuda.device_count():
+        raise RunError(f"--nproc_per_node: there are only {torch.cuda.device_count()} GPUs")
+    if cuda:
+        torch.cuda.set_device(local)
+    # others wait while rank 0 evaluates; when a process dies, torchrun ends them all
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=30))
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  rank 0 speaks for all
+
+
+def mine(items):
+    """This rank's share of a list or tensor that all ranks have."""
+    return items[rank()::world()]
+
+
+def meeting_place() -> str:
+    """The device on which tensors can be exchanged."""
+    return "cuda" if dist.get_backend() == "nccl" else "cpu"
+
+
+def total(value: int | float) -> int | float:
+    """The sum of a number over all ranks."""
+    if world() == 1:
+        return value
+    box = torch.tensor(value, dtype=torch.float64, device=meeting_place())
+    dist.all_reduce(box)
+    return type(value)(box.item())
+
+
+def gathered(items: list) -> list:
+    """The items of all ranks."""
+    if world() == 1:
+        return items
+    boxes: list = [None] * world()
+    dist.all_gather_object(boxes, items)
+    return [item for box in boxes for item in box]
+
+
+def sum_gradients(parameters: list[nn.Parameter]) -> None:
+    """Give every rank the sum of all ranks' gradients, in one message."""
+    if world() == 1:
+        return
+    flat = torch.cat([p.grad.flatten() for p in parameters]).to(meeting_place())
+    dist.all_reduce(flat)
+    for p, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        p.grad.copy_(grad.view_as(p))
+
+
+def on_rank_0(function, *args):
+    """What the function returns on rank 0, where alone it is called: the others wait for it."""
+    box = [function(*args) if rank() == 0 else None]
+    if world() > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
 
 
 # =============================================================================================
 # The built-in model: a small Llama that is pretrained on the spot
 # =============================================================================================
 
-TINY_RECIPE = {"vocab": 512, "hidden": 128, "layers": 4, "heads": 4, "init": 0.06,
+TINY_RECIPE = {"vocab": 768, "hidden": 128, "layers": 4, "heads": 4, "init": 0.06,
                "documents": 12000, "steps": 700, "batch_tokens": 3200, "micro_tokens": 1024,
                "lr": 3e-3, "seed": 1}
 CHAT = "{% for m in messages %}<|user|>{{ m.content }}<|end|><|assistant|>{% endfor %}"
@@ -1055,7 +1199,7 @@ def pretrain(policy: Policy, documents: list[tuple[str, str]], recipe: dict) -> 
         prompts, answers = zip(*rng.choices(rows, k=size), strict=True)
         batch = Batch(list(prompts), *pad(answers, policy.pad_id))
         optimizer.zero_grad()
-        loss = imitate(policy, BASE, batch, recipe["micro_tokens"])
+        loss = imitate(policy, BASE, batch, int(batch.mask.sum()), recipe["micro_tokens"])
         nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -1075,9 +1219,12 @@ def build_tiny(task: tasks.Task) -> Path:
     pretrain(Policy(model, tokenizer, torch.tensor([tokenizer.eos_token_id]),
                     tokenizer.pad_token_id), documents, recipe)
     aside = folder.with_name(f"{folder.name}.{os.getpid()}")  # an interrupted build leaves no model
-    model.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    aside.rename(folder)
+    try:
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        aside.rename(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
     return folder
 
 
@@ -1088,7 +1235,7 @@ def build_tiny(task: tasks.Task) -> Path:
 
 def load_policy(cfg: Config, task: tasks.Task) -> Policy:
     """Any causal LM in all its roles, with a fresh policy adapter. Raises RunError."""
-    name = str(build_tiny(task)) if cfg.model == "tiny" else cfg.model
+    name = str(on_rank_0(build_tiny, task)) if cfg.model == "tiny" else cfg.model
     start = is_adapter(name)
     base = adapter_settings(Path(name))["base_model_name_or_path"] if start else name
     policy = load_frozen(base, cfg)
@@ -1580,13 +1727,22 @@ def judge_run(before: dict, after: dict, edit_metrics: tuple[str, ...], cfg: Con
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """The old file or the new one, never half of it."""
+    """The old file or the new one, never half of it, even if the disk is full or power fails."""
     aside = path.with_name(path.name + ".new")
-    with open(aside, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    try:
+        with open(aside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name too
+    finally:
+        os.close(folder)
 
 
 def write_json(path: Path, value) -> None:
@@ -1595,9 +1751,27 @@ def write_json(path: Path, value) -> None:
 
 
 def append_jsonl(path: Path, records: list[dict]) -> None:
-    """One object a line."""
+    """One object a line, on the disk before a checkpoint can say that the step was taken."""
     with open(path, "a", encoding="utf-8") as file:
         file.writelines(json.dumps(record) + "\n" for record in records)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def trim_jsonl(path: Path, step: int) -> int:
+    """Drop the records after a step, also one that was cut off. Returns how many are left."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = list(takewhile(lambda line: step_of(line) <= step, lines))
+    write_atomic(path, b"".join(kept))
+    return len(kept)
+
+
+def step_of(line: bytes) -> float:
+    """The step that a record is of; infinity when it is none, or not whole."""
+    try:
+        return float(json.loads(line)["step"]) if line.endswith(b"\n") else INF
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return INF
 
 
 def named_adapters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -1614,6 +1788,7 @@ def save_checkpoint(folder: Path, policy: Policy, state: State) -> None:
     buffer = io.BytesIO()
     torch.save({"step": state.step, "kl_coef": state.kl_coef,
                 "replay": state.replay and vars(state.replay),
+                "before": json.dumps(state.before),
                 "format": "format" in policy.reference,
                 "adapters": {n: p.detach() for n, p in named_adapters(policy.model).items()},
                 "optimizer": state.optimizer.state_dict()}, buffer)
@@ -1629,23 +1804,30 @@ def newest_checkpoint(folder: Path) -> dict:
     for path in sorted(folder.glob("*.pt"), reverse=True):
         data = path.read_bytes()
         if hashlib.sha256(data[32:]).digest() == data[:32]:
-            return torch.load(io.BytesIO(data[32:]), weights_only=True)
+            return torch.load(io.BytesIO(data[32:]), map_location="cpu", weights_only=True)
         print(f"{path} is damaged: going back to the one before it")
     raise RunError(f"{folder} holds no whole checkpoint, so nothing can be resumed: "
-                   "start the run anew, without --resume")
+                   "start the run anew, without --resume and with another --out")
 
 
 def load_checkpoint(folder: Path, policy: Policy, state: State, cfg: Config) -> None:
-    """Put the newest saved state back. Raises RunError when there is none."""
+    """Put the newest saved state back. Raises RunError when there is none, or of another run."""
     saved = newest_checkpoint(folder)
-    if saved["format"]:
-        add_format_adapter(policy, cfg)
-        freeze_format(policy)
-    for name, weight in named_adapters(policy.model).items():
-        weight.data.copy_(saved["adapters"][name])
-    state.optimizer.load_state_dict(saved["optimizer"])
-    state.step, state.kl_coef = saved["step"], saved["kl_coef"]
-    state.replay = saved["replay"] and Batch(**saved["replay"])
+    try:
+        if saved["format"]:
+            add_format_adapter(policy, cfg)
+            freeze_format(policy)
+        weights = named_adapters(policy.model)
+        for name in weights.keys() | saved["adapters"].keys():
+            weights[name].data.copy_(saved["adapters"][name])
+        state.optimizer.load_state_dict(saved["optimizer"])
+        state.step, state.kl_coef = saved["step"], saved["kl_coef"]
+        state.replay = saved["replay"] and Batch(saved["replay"]["contexts"], *(
+            saved["replay"][name].to(policy.device) for name in ("completion", "mask")))
+        state.before = json.loads(saved["before"])
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise RunError(f"{folder} is of another model or version ({error!r}): resume with what "
+                       "the run was started with, or start a new one") from None
 
 
 def export_adapter(folder: Path, policy: Policy) -> None:
@@ -1703,9 +1885,10 @@ def train_format(policy: Policy, task: tasks.Task, cfg: Config) -> None:
     optimizer = torch.optim.Adam(adapter_parameters(policy.model, "format"), lr=cfg.format_lr)
     examples = task.train[:cfg.format_examples]
     order = torch.randperm(len(examples), generator=seeded("format", cfg.seed)).tolist()
-    for i in progress(range(0, len(order), cfg.prompts), "Step 1: format"):
-        batch = reference_batch(policy, [examples[j] for j in order[i:i + cfg.prompts]])
-        imitate(policy, policy.reference, batch, cfg.micro_tokens)
+    last = len(order) - world() + 1  # every rank needs an example
+    for i in progress(range(0, last, cfg.prompts), "Step 1: format"):
+        batch = reference_batch(policy, mine([examples[j] for j in order[i:i + cfg.prompts]]))
+        imitate(policy, policy.reference, batch, total(int(batch.mask.sum())), cfg.micro_tokens)
         optimizer_step(optimizer, cfg)
     freeze_format(policy)
 
@@ -1730,29 +1913,91 @@ def examples_at(task: tasks.Task, step: int, cfg: Config) -> list[tasks.Example]
     return [task.train[orders[place // size][place % size]] for place in places]
 
 
+class StopRequest:
+    """Ctrl-C and SIGTERM as a request to stop after the step; a second one stops at once."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    asked = False
+
+    def __enter__(self) -> "StopRequest":
+        self.handlers = [signal.signal(number, self.ask) for number in self.SIGNALS]
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in zip(self.SIGNALS, self.handlers, strict=True):
+            signal.signal(number, handler)
+
+    def ask(self, *signal_and_frame) -> None:
+        """The signal handler. torchrun passes one Ctrl-C on more than once, so it only asks."""
+        if self.asked and world() == 1:
+            raise KeyboardInterrupt
+        self.asked = True
+        os.write(2, b"\nStopping after this step; once more stops at once.\n")  # print may be busy
+
+
 def train(policy: Policy, task: tasks.Task, state: State, out: Path, cfg: Config) -> None:
     """The loop: one call a step, one line of metrics a step. Ctrl-C ends it between two steps."""
-    one_step = sft_step if cfg.method == "sft" else train_step
-    asked_to_stop = threading.Event()
-    handlers = [signal.signal(s, lambda *_: asked_to_stop.set())
-                for s in (signal.SIGINT, signal.SIGTERM)]
+    recent, warned = deque(maxlen=PATIENCE), set()
     print(log_header())
-    while state.step < cfg.steps and not asked_to_stop.is_set():
-        started = time.perf_counter()
-        metrics, samples = one_step(policy, task, examples_at(task, state.step, cfg), state, cfg)
-        state.step += 1
-        if state.step % cfg.eval_every == 0:
-            metrics["eval_pass"] = probe(policy, task, cfg)
-        append_jsonl(out / "metrics.jsonl", [{"step": state.step, **metrics}])
-        append_jsonl(out / "samples.jsonl", samples)
-        seconds = time.perf_counter() - started
-        print(log_line({"step": state.step, **metrics, "seconds": seconds}), flush=True)
-        if state.step % cfg.save_every == 0 or state.step == cfg.steps or asked_to_stop.is_set():
-            save_checkpoint(out / "checkpoint", policy, state)
-    for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
-        signal.signal(number, handler)
-    if state.step < cfg.steps:
-        raise KeyboardInterrupt
+    with StopRequest() as stop:
+        while state.step < cfg.steps and not total(int(stop.asked)):
+            started = time.perf_counter()
+            metrics, samples = one_step(policy, task, state, out, cfg)
+            state.step += 1
+            if state.step % cfg.eval_every == 0:
+                metrics["eval_pass"] = on_rank_0(probe, policy, task, cfg)
+            metrics = {"step": state.step, **metrics}
+            on_rank_0(append_jsonl, out / "metrics.jsonl", [metrics])
+            on_rank_0(append_jsonl, out / "samples.jsonl", samples)
+            print(log_line({**metrics, "seconds": time.perf_counter() - started}), flush=True)
+            recent.append(metrics)
+            for warning in warnings_of(list(recent), cfg) - warned:
+                print(f"Warning: {warning}", flush=True)
+                warned.add(warning)
+            if state.step % cfg.save_every == 0 or state.step == cfg.steps:
+                on_rank_0(save_checkpoint, out / "checkpoint", policy, state)
+        if state.step < cfg.steps:
+            on_rank_0(save_checkpoint, out / "checkpoint", policy, state)
+            raise KeyboardInterrupt
+
+
+def one_step(policy: Policy, task: tasks.Task, state: State, out: Path,
+             cfg: Config) -> tuple[dict, list[dict]]:
+    """The method's step. If it fails, the state before it is saved and the error says where."""
+    step = sft_step if cfg.method == "sft" else train_step
+    examples = examples_at(task, state.step, cfg)
+    try:
+        return step(policy, task, mine(examples), state, cfg)
+    except NotFinite as error:
+        ids = ", ".join(example.id for example in examples)
+        raise RunError(f"step {state.step + 1}, on the examples {ids}: {error}; "
+                       f"{save_failed(policy, state, out, cfg)}") from None
+
+
+def save_failed(policy: Policy, state: State, out: Path, cfg: Config) -> str:
+    """Save the state before a failed step, unless one of its epochs has changed it already."""
+    taken = max((int(moments["step"]) for moments in state.optimizer.state.values()), default=0)
+    if taken != state.step * cfg.epochs:
+        return f"the last checkpoint is kept, and --resume {out} leads here again"
+    on_rank_0(save_checkpoint, out / "checkpoint", policy, state)
+    return f"the state before it is saved, and --resume {out} leads here again"
+
+
+PATIENCE = 20  # steps in a row until a warning
+
+
+def warnings_of(recent: list[dict], cfg: Config) -> set[str]:
+    """What has been wrong in each of the last PATIENCE steps, and what to do about it."""
+    found = set()
+    if len(recent) == PATIENCE and min(m.get("kl", 0.0) for m in recent) > 3 * cfg.kl_budget:
+        found.add(f"KL has been over 3 times --kl-budget for {PATIENCE} steps: the model forgets. "
+                  "Start anew with a lower --lr, a higher --kl-coef or fewer --steps")
+    tied = len(recent) == PATIENCE and min(m.get("tied_rollouts", 0.0) for m in recent) == 1
+    if tied and cfg.method != "opd":  # which looks at no verdict
+        found.add(f"in {PATIENCE} steps no group of rollouts had a better and a worse answer: the "
+                  "task is too easy or too hard: take other problems, more --rollouts, a higher "
+                  "--temperature")
+    return found
 
 
 def probe(policy: Policy, task: tasks.Task, cfg: Config) -> float:
@@ -1846,46 +2091,90 @@ def print_examples(task: tasks.Task, before: dict, after: dict) -> None:
 
 def load_task(cfg: Config) -> tasks.Task:
     """The task, with the user's own data files in place of its own."""
-    task = tasks.TASKS[cfg.task]()
+    own = {}
     if cfg.data:
-        task = replace(task, train=tasks.load_edits(cfg.data))
+        own["train"] = tasks.load_edits(cfg.data)
     if cfg.eval_data:
-        task = replace(task, evals={"eval_data": tasks.load_edits(cfg.eval_data)})
+        own["evals"] = {"eval_data": tasks.load_edits(cfg.eval_data)}
     if cfg.benchmark:
-        task = replace(task, benchmark=tasks.load_benchmark(cfg.benchmark))
+        own["benchmark"] = tasks.load_benchmark(cfg.benchmark)
+    task = replace(tasks.TASKS[cfg.task](), **own)
     apart = math.ceil(len(task.benchmark) / cfg.eval_problems)  # some of every skill
     return replace(task, benchmark=task.benchmark[::apart])
 
 
-def start(policy: Policy, task: tasks.Task, out: Path, cfg: Config) -> dict:
-    """Measure the base, and teach it the format if it needs that. Returns the scores before."""
-    for old in ("metrics.jsonl", "samples.jsonl", "report.json"):
-        (out / old).unlink(missing_ok=True)
+def check_free(out: Path, cfg: Config) -> None:
+    """A new run destroys no other; a finished one of the same config comes out the same again.
+
+    Raises RunError.
+    """
+    if not any((out / name).exists() for name in ("metrics.jsonl", "checkpoint", "report.json")):
+        return
+    try:
+        held = json.loads((out / "config.json").read_text("utf-8"))
+        same = {**held, "out": cfg.out} == asdict(cfg)
+    except (OSError, ValueError, TypeError, RecursionError):
+        same = False
+    if not same:
+        raise RunError(f"{out} holds a run with other options: give another --out, or delete it")
+    if not (out / "report.json").exists():
+        raise RunError(f"{out} holds this run, unfinished: go on with --resume {out}, "
+                       "or give another --out")
+
+
+def empty_folder(out: Path, cfg: Config) -> None:
+    """The run folder before the first step."""
+    (out / "report.json").unlink(missing_ok=True)
     shutil.rmtree(out / "checkpoint", ignore_errors=True)
     write_json(out / "config.json", asdict(cfg))
-    before = evaluate(policy, task, policy.reference, cfg)
-    write_json(out / "before.json", before)
-    rate = first_split(before)["format"]
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        write_atomic(out / name, b"")
+
+
+def start(policy: Policy, task: tasks.Task, state: State, out: Path, cfg: Config) -> None:
+    """Measure the base, teach it the format if it needs that, and save: step 0."""
+    on_rank_0(empty_folder, out, cfg)
+    state.before = on_rank_0(evaluate, policy, task, policy.reference, cfg)
+    rate = first_split(state.before)["format"]
     if rate < cfg.format_threshold:
         print(f"Step 1: {rate:.0%} of the answers are well-formed, "
               f"below {cfg.format_threshold:.0%}: format SFT first")
         train_format(policy, task, cfg)
-        problems = first_split(task.evals)[:cfg.eval_problems]
-        scores, _ = split_scores(policy, task, policy.reference, problems, cfg)
-        print(f"Step 1: {rate:.0%} -> {scores['format']:.0%} well-formed answers", flush=True)
-    return before
+        now = on_rank_0(format_rate, policy, task, cfg)
+        print(f"Step 1: {rate:.0%} -> {now:.0%} well-formed answers", flush=True)
+    on_rank_0(save_checkpoint, out / "checkpoint", policy, state)
 
 
-def resume(policy: Policy, state: State, out: Path, cfg: Config) -> dict:
-    """Put everything back as it was at the last checkpoint. Returns the scores before."""
+def format_rate(policy: Policy, task: tasks.Task, cfg: Config) -> float:
+    """The share of well-formed answers of the reference."""
+    problems = first_split(task.evals)[:cfg.eval_problems]
+    return split_scores(policy, task, policy.reference, problems, cfg)[0]["format"]
+
+
+def rewind_folder(out: Path, step: int, cfg: Config) -> None:
+    """The run folder as it was after a step. Raises RunError when metrics are missing."""
+    (out / "report.json").unlink(missing_ok=True)
+    write_json(out / "config.json", asdict(cfg))
+    for stray in out.glob("**/*.new"):  # a write that was killed
+        stray.unlink()
+    trim_jsonl(out / "samples.jsonl", step)
+    left = trim_jsonl(out / "metrics.jsonl", step)
+    if left != step:
+        raise RunError(f"{out / 'metrics.jsonl'} is damaged after step {left}, and the checkpoint "
+                       f"is of step {step}: start a new run with another --out")
+
+
+def resume(policy: Policy, task: tasks.Task, state: State, out: Path, cfg: Config) -> None:
+    """Put everything back as it was at the last checkpoint. Raises RunError."""
+    if not any((out / "checkpoint").glob("*.pt")):
+        print(f"{out} has no checkpoint yet: beginning again")
+        start(policy, task, state, out, cfg)
+        return
     load_checkpoint(out / "checkpoint", policy, state, cfg)
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        lines = (out / name).read_text("utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n")
-                and json.loads(line)["step"] <= state.step]
-        write_atomic(out / name, "".join(kept).encode())
+    if state.step > cfg.steps:
+        raise RunError(f"--steps {cfg.steps} is over: step {state.step} is saved, give at least it")
+    on_rank_0(rewind_folder, out, state.step, cfg)
     print(f"resuming after step {state.step}")
-    return json.loads((out / "before.json").read_text("utf-8"))
 
 
 def run(cfg: Config, out: Path, resuming: bool) -> dict:
@@ -1900,17 +2189,17 @@ def run(cfg: Config, out: Path, resuming: bool) -> dict:
     print_environment(environment(policy))
     if cfg.eval_only:
         return only_evaluate(policy, task, out, cfg)
-    before = resume(policy, state, out, cfg) if resuming else start(policy, task, out, cfg)
+    (resume if resuming else start)(policy, task, state, out, cfg)
     train(policy, task, state, out, cfg)
-    after = evaluate(policy, task, policy.student, cfg)
-    export_adapter(out / "adapter", policy)
+    after = on_rank_0(evaluate, policy, task, policy.student, cfg)
+    on_rank_0(export_adapter, out / "adapter", policy)
     if cfg.merge:
-        export_merged(Path(cfg.merge), policy)
-    report = {"before": before, "after": after,
-              "verdict": judge_run(before, after, task.edit_metrics, cfg),
+        on_rank_0(export_merged, Path(cfg.merge), policy)
+    report = {"before": state.before, "after": after,
+              "verdict": judge_run(state.before, after, task.edit_metrics, cfg),
               "seconds": time.perf_counter() - started, "environment": environment(policy)}
-    write_json(out / "report.json", report)
-    print_examples(task, before, after)
+    on_rank_0(write_json, out / "report.json", report)
+    print_examples(task, state.before, after)
     print_report(report)
     return report
 
@@ -1928,22 +2217,58 @@ def only_evaluate(policy: Policy, task: tasks.Task, out: Path, cfg: Config) -> d
     return report
 
 
+def os_sentence(error: OSError, out: Path) -> str:
+    """What a file or a disk did, and what to do about it."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full: make room, then go on with --resume {out}; nothing saved is lost"
+    return (f"{error.filename or out}: {error.strerror or error}: "
+            "mend that, or give a run folder that can be written with --out")
+
+
+def failure_sentence(error: Exception, out: Path, cfg: Config) -> str:
+    """What stopped a run, for the user; empty when it is nothing that a user can mend."""
+    if isinstance(error, (RunError, tasks.LoadError, tasks.JudgeError)):
+        return str(error)
+    if isinstance(error, OSError):
+        return os_sentence(error, out)
+    text = str(error).lower()
+    if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:
+        return (f"out of memory: lower --micro-tokens (now {cfg.micro_tokens}; --resume {out} "
+                "accepts it too), then in a new run --prompts, --max-new-tokens, --rollouts and "
+                "--lora-rank, or take a smaller --model")
+    if world() > 1 and ("closed by peer" in text or "reset by peer" in text):
+        return "another process of this run has stopped: its own message says why"
+    return ""
+
+
 def main(cfg: Config, resuming: bool) -> int:
     """Run. Exit code 0 also for `not improved`; 2 for what a user can mend; 130 for Ctrl-C."""
     out = Path(cfg.out)
     try:
+        join_ranks(cfg)
+        if not resuming:
+            on_rank_0(check_free, out, cfg)
         out.mkdir(parents=True, exist_ok=True)
         report = run(cfg, out, resuming)
-    except (RunError, tasks.LoadError, tasks.JudgeError, OSError) as error:
-        print(f"vcopd.py: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
-        print(f"\nInterrupted. To go on: python vcopd.py --resume {out}")
+        began = (out / "config.json").exists()
+        print("\nInterrupted. To go on: "
+              + (f"python vcopd.py --resume {out}" if began else "give the same command again"))
         return 130
+    except Exception as error:
+        sentence = failure_sentence(error, out, cfg)
+        if not sentence:
+            raise
+        print(one_line(sentence), file=sys.stderr)
+        return 2
+    if world() > 1:
+        dist.destroy_process_group()
     print(f"\nResults are in {out} after {report['seconds']:.0f} s. Read {out}/samples.jsonl next, "
           f"or compare: python vcopd.py --task {cfg.task} --method rl")
     return 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: servers are stopped
+    sys.stdout.reconfigure(errors="backslashreplace")  # an answer may hold any character
     sys.exit(main(CONFIG, RESUMING))
