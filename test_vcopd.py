@@ -1411,7 +1411,7 @@ def test_the_exported_adapter_is_the_student_in_peft(architecture, step_1, toy, 
     policy = tiny_policy(architecture, moved=0.1)
     if step_1:
         vcopd.train_format(policy, toy, TOY)
-    vcopd.export_adapter(tmp_path, policy, TOY)
+    vcopd.export_adapter(tmp_path, policy)
     exported = peft.PeftModel.from_pretrained(tiny_model(architecture), tmp_path)
     ids = [5, 9, 7, 30]
     expected = model_logits(policy, policy.student, ids)
