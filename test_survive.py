@@ -376,10 +376,10 @@ def fill_disk(fd: int) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("nth", [1, 7, 11, 13, 27])
+@pytest.mark.parametrize("nth", [1, 7, 11, 13, 27, 29])
 def test_a_full_disk_stops_with_one_sentence_and_loses_nothing(
         nth, base, whole, small, tmp_path, monkeypatch, capsys):
-    """In the config, the first checkpoint, a line of metrics, a later checkpoint, the adapter."""
+    """In config, first checkpoint, a line of metrics, a later checkpoint, adapter, report."""
     capsys.readouterr()
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
