@@ -1211,6 +1211,7 @@ def build_tiny(task: tasks.Task) -> Path:
     folder, recipe = tiny_folder(task), TINY_RECIPE
     if (folder / "config.json").exists():
         return folder
+    print(f"Building the model tiny for {task.name}: a few minutes, once.", flush=True)
     rng = random.Random(recipe["seed"])
     documents = [tasks.web_document(task, rng)
                  for _ in progress(range(recipe["documents"]), "writing its corpus")]
@@ -1588,7 +1589,7 @@ def load_adapter(model: nn.Module, name: str, folder: Path) -> None:
 # Evaluation and verdict. It draws from its own generators: training never notices.
 # =============================================================================================
 
-SLICE = 64  # prompts that are answered at one time
+SLICE = 256  # answers that are written at one time
 
 
 def mean(values) -> float:
@@ -1617,8 +1618,9 @@ def answers_to(policy: Policy, role: tuple[str, ...], prompts: list[str], k: int
                cfg: Config) -> tuple[list[Batch], list[str]]:
     """K answers to each prompt, prompt-major: as batches of ids, and as one list of texts."""
     batches, texts = [], []
-    for i in range(0, len(prompts), SLICE):
-        ids = [policy.encode(prompt) for prompt in prompts[i:i + SLICE]]
+    size = max(1, SLICE // k)
+    for i in range(0, len(prompts), size):
+        ids = [policy.encode(prompt) for prompt in prompts[i:i + size]]
         batches.append(sample(policy, role, ids, k, cfg, seeded("evaluation", i)))
         texts += policy.decode(batches[-1])
     return batches, texts
@@ -1636,7 +1638,8 @@ def split_scores(policy: Policy, task: tasks.Task, role: tuple[str, ...], exampl
                  cfg: Config) -> tuple[dict, list[Batch]]:
     """Scores on one set of problems, and K samples of each at temperature 1 (for `movement`).
 
-    Edit metrics are means over the sampled answers that pass: a failing edit repairs nothing.
+    Edit metrics are means over the sampled answers that pass, None if none does: a failing edit
+    repairs nothing.
     """
     greedy = greedy_verdicts(policy, role, examples, task.verify, cfg)
     batches, texts = answers_to(policy, role, [e.prompt for e in examples], cfg.rollouts, full(cfg))
@@ -1647,7 +1650,8 @@ def split_scores(policy: Policy, task: tasks.Task, role: tuple[str, ...], exampl
               "reward": mean(v.reward for v in sampled),
               "format": mean(v.formatted for v in sampled)}
     for name in task.edit_metrics:
-        scores[name] = mean(v.metrics[name] for v in sampled if v.passed)
+        values = [v.metrics[name] for v in sampled if v.passed]
+        scores[name] = mean(values) if values else None
     return {**scores, "passes": [int(v.passed) for _, v in greedy],
             "answers": [text for text, _ in greedy]}, batches
 
@@ -1658,27 +1662,43 @@ def full(cfg: Config) -> Config:
 
 
 def evaluate(policy: Policy, task: tasks.Task, role: tuple[str, ...], cfg: Config) -> dict:
-    """All that the report says of one role; `passes` and `answers` are per problem."""
+    """All that the report says of one role; `passes` and `answers` are per problem.
+
+    KL is in nats per token: to the base, from the base, and to the reference (after Step 1).
+    """
     scores, batches = {}, {}
     for split, examples in task.evals.items():
         scores[split], batches[split] = split_scores(policy, task, role,
                                                      examples[:cfg.eval_problems], cfg)
     problems = first_split(task.evals)[:cfg.eval_problems]
-    general = greedy_verdicts(policy, role, task.benchmark, tasks.verify_skill, cfg)
-    by_skill: dict[str, list[float]] = {}
-    for example, (_, verdict) in zip(task.benchmark, general, strict=True):
-        by_skill.setdefault(example.skill, []).append(verdict.reward)
-    hinted = [replace(e, prompt=tasks.privileged_prompt(e)) for e in problems]
-    with_hint = greedy_verdicts(policy, role, hinted, task.verify, cfg)
-    from_base, _ = answers_to(policy, BASE, [e.prompt for e in problems], 1, full(cfg))
+    prompts = [example.prompt for example in problems]
+    from_base, _ = answers_to(policy, BASE, prompts, 1, full(cfg))
     anchors, _ = answers_to(policy, role, [e.prompt for e in task.benchmark], 1, full(cfg))
     kl, entropy = movement(policy, role, BASE, first_split(batches))
-    return {**scores,
-            "general": {"mean": mean(v.reward for _, v in general),
-                        **{skill: mean(r) for skill, r in by_skill.items()}},
-            "kl_to_base": kl, "kl_from_base": movement(policy, BASE, role, from_base)[0],
+    return {**scores, "general": general_scores(policy, task, role, cfg), "kl_to_base": kl,
+            "kl_from_base": movement(policy, BASE, role, from_base)[0],
+            "kl_to_reference": movement(policy, role, policy.reference, first_split(batches))[0],
             "entropy": entropy, "entropy_anchors": movement(policy, role, BASE, anchors)[1],
-            "pass@1_with_hint": mean(v.passed for _, v in with_hint)}
+            "pass@1_with_hint": hinted_pass(policy, role, problems, task, cfg),
+            "pass@1_of_teacher": hinted_pass(*policy.teacher, problems, task, cfg)}
+
+
+def general_scores(policy: Policy, task: tasks.Task, role: tuple[str, ...],
+                   cfg: Config) -> dict[str, float]:
+    """The general benchmark: the mean, and each old skill by its name."""
+    verdicts = greedy_verdicts(policy, role, task.benchmark, tasks.verify_skill, cfg)
+    by_skill: dict[str, list[float]] = {}
+    for example, (_, verdict) in zip(task.benchmark, verdicts, strict=True):
+        by_skill.setdefault(example.skill, []).append(verdict.reward)
+    return {"mean": mean(v.reward for _, v in verdicts),
+            **{skill: mean(rewards) for skill, rewards in by_skill.items()}}
+
+
+def hinted_pass(policy: Policy, role: tuple[str, ...], problems: list, task: tasks.Task,
+                cfg: Config) -> float:
+    """Greedy pass rate with the privileged hint in the prompt."""
+    hinted = [replace(e, prompt=tasks.privileged_prompt(e)) for e in problems]
+    return mean(v.passed for _, v in greedy_verdicts(policy, role, hinted, task.verify, cfg))
 
 
 def paired_bootstrap(before: list[int], after: list[int], draws: int = 10_000
@@ -1713,9 +1733,10 @@ def judge_run(before: dict, after: dict, edit_metrics: tuple[str, ...], cfg: Con
                          f"x{on_task:.2f} on the task (at least 0.3), "
                          f"x{on_anchors:.2f} on anchors (at least 0.8)")}
     if "excess_edit" in edit_metrics:
+        edits = [old["excess_edit"], new["excess_edit"]]
         conditions["extra edits not up"] = (
-            new["excess_edit"] <= old["excess_edit"],
-            f"{old['excess_edit']:.4f} -> {new['excess_edit']:.4f}")
+            None in edits or edits[1] <= edits[0],
+            " -> ".join("nothing passes" if e is None else f"{e:.4f}" for e in edits))
     return {"improved": all(holds for holds, _ in conditions.values()),
             "conditions": {name: {"holds": bool(holds), "numbers": numbers}
                            for name, (holds, numbers) in conditions.items()}}
@@ -2002,7 +2023,7 @@ def warnings_of(recent: list[dict], cfg: Config) -> set[str]:
 
 def probe(policy: Policy, task: tasks.Task, cfg: Config) -> float:
     """Greedy pass rate on a few held-out problems: a look while training runs."""
-    problems = first_split(task.evals)[:cfg.eval_problems][:SLICE]
+    problems = first_split(task.evals)[:cfg.eval_problems][:64]
     verdicts = greedy_verdicts(policy, policy.student, problems, task.verify, cfg)
     return mean(v.passed for _, v in verdicts)
 
