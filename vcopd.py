@@ -183,6 +183,7 @@ TINY = {  # the built-in model has 1 M parameters: what differs from the essay's
     "steps": 40,  # a minute and a half on 2 cores, and enough
     "lr": 1e-3,  # small models want larger steps: at 1e-5 nothing moves in 40
     "max_new_tokens": 96,  # its functions are short
+    "kl_coef": 0.1,  # 40 steps are too few for beta to find its level from 0.01
     "replay_every": 10,  # 200 steps would be never
     "replay_share": 0.2,  # the upper end: so small a model forgets faster
     "eval_every": 10,
@@ -1208,6 +1209,7 @@ def pretrain(policy: Policy, documents: list[tuple[str, str]], recipe: dict) -> 
 
 def build_tiny(task: tasks.Task) -> Path:
     """The folder of the built-in model; made, with a progress bar, when it is not there yet."""
+    from transformers.utils import logging
     folder, recipe = tiny_folder(task), TINY_RECIPE
     if (folder / "config.json").exists():
         return folder
@@ -1219,6 +1221,7 @@ def build_tiny(task: tasks.Task) -> Path:
     model = new_tiny(tokenizer, recipe)
     pretrain(Policy(model, tokenizer, torch.tensor([tokenizer.eos_token_id]),
                     tokenizer.pad_token_id), documents, recipe)
+    logging.disable_progress_bar()
     aside = folder.with_name(f"{folder.name}.{os.getpid()}")  # an interrupted build leaves no model
     try:
         model.save_pretrained(aside)
@@ -1268,6 +1271,8 @@ def load_frozen(name: str, cfg: Config) -> Policy:
     What can be refused is refused before the weights are fetched.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+    logging.disable_progress_bar()  # of reading files; downloads keep theirs
     device = pick_device(cfg.device)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16,
              "auto": fast_dtype(device)}[cfg.dtype]
