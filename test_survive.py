@@ -81,8 +81,9 @@ def options(base: Path, out: Path, *more: str) -> list[str]:
     """A command line for a run of six steps that takes about a second."""
     return ["--task", "arithmetic", "--model", str(base), "--out", str(out), "--steps", "6",
             "--prompts", "2", "--rollouts", "2", "--max-new-tokens", "6", "--eval-problems", "2",
-            "--save-every", "2", "--eval-every", "4", "--replay-every", "3", "--lr", "0.01",
-            "--lora-rank", "2", "--format-threshold", "0", *more]
+            "--save-every", "2", "--eval-every", "4", "--lr", "0.01", "--lora-rank", "2",
+            "--format-threshold", "0", *more,
+            *([] if "sft" in more else ["--replay-every", "3"])]
 
 
 def run(arguments: list[str]) -> int:

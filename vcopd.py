@@ -41,6 +41,8 @@ One frozen model plays every role; named LoRA adapters and the prompt decide whi
     pi_ref, KL anchor       {format} if Step 1 ran          the prompt
     pi_theta, the student   {format} + {policy}             the prompt
     T, the self teacher     as pi_ref                       the prompt and the privileged hint
+    T, a specialist         {specialist}, from a folder     the prompt and the privileged hint
+    T, a stronger one       another model, the same ids     the prompt and the privileged hint
 
 Where this differs from the essay (each is marked `differs:` on its line):
 
@@ -102,9 +104,10 @@ class Config:
     task: str = knob("codeedit", "what to learn", choices=sorted(tasks.TASKS))
     method: str = knob("vcopd", "preset of the one loop",
                        choices=["vcopd", "rl", "opd", "sft"])
-    model: str = knob("tiny", "tiny (built here), a Hugging Face id or a folder")
-    teacher: str = knob("self", "self: the frozen model with the hint in its prompt; none",
-                        choices=["self", "none"])
+    model: str = knob("tiny", "tiny (built here), a Hugging Face id, a folder, or a folder with a "
+                              "PEFT adapter to start from")
+    teacher: str = knob("self", "self: the frozen model with the hint in its prompt; none; a "
+                                "stronger model (id or folder); a folder with a PEFT adapter")
     data: str = knob("", "train on the problems of this file (JSON lines)")
     eval_data: str = knob("", "evaluate on the problems of this file")
     benchmark: str = knob("", "general benchmark: a file in HumanEval's format")
@@ -113,6 +116,10 @@ class Config:
     device: str = knob("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: str = knob("auto", "of the frozen base",
                       choices=["auto", "float32", "bfloat16"])
+    quantize: str = knob("none", "nf4 holds the frozen base in 4 bits (QLoRA)",
+                         choices=["none", "nf4"])
+    merge: str = knob("", "also write base and adapters as one plain model, to this new folder")
+    eval_only: bool = knob(False, "evaluate --model and train nothing")
     # rollouts
     steps: int = knob(500, "training steps", low=1)
     prompts: int = knob(16, "P, prompts in a step", low=1)
@@ -139,7 +146,6 @@ class Config:
     replay_share: float = knob(0.1, "r of Eq. 12", low=0.0, high=0.9)
     replay_every: int = knob(200, "steps between refreshes of the replay pool", low=1)
     replay_keep: float = knob(0.2, "share of the replay samples that is kept", low=0.01, high=1.0)
-    replay_prompts: int = knob(20, "anchor prompts for each of the seven old skills", low=1)
     # format (Step 1)
     format_threshold: float = knob(0.8, "Step 1 runs below this share of well-formed answers",
                                    low=0.0, high=1.0)
@@ -162,11 +168,23 @@ METHODS = {  # presets of the same loop: what is fixed here cannot be set by an 
     "sft": {"teacher_coef": 0.0, "replay_share": 0.0},  # imitation of reference answers
 }
 
+IDLE = {  # options that have nothing to do in a method, and are refused there
+    "vcopd": (),
+    "rl": ("teacher", "gate", "gap_clip"),
+    "opd": (),
+    "sft": ("teacher", "gate", "gap_clip", "ratio_clip", "kl_coef", "kl_target", "entropy_coef",
+            "temperature", "top_p", "replay_every", "replay_keep"),
+}
+
+EVAL_ONLY = ("eval_only", "task", "model", "eval_data", "benchmark", "out", "device", "dtype",
+             "quantize", "rollouts", "max_new_tokens", "eval_problems", "unsafe_judge")
+
 TINY = {  # the built-in model has 1 M parameters: what differs from the essay's defaults, and why
     "steps": 40,  # a minute and a half on 2 cores, and enough
     "lr": 1e-3,  # small models want larger steps: at 1e-5 nothing moves in 40
     "max_new_tokens": 96,  # its functions are short
     "replay_every": 10,  # 200 steps would be never
+    "replay_share": 0.2,  # the upper end: so small a model forgets faster
     "eval_every": 10,
     "save_every": 10,
     "format_examples": 512,
@@ -293,15 +311,28 @@ def read_config(arguments: list[str]) -> tuple[Config, bool]:
     if fixed:
         usage_error(f"--method {method} fixes {option(fixed[0])} at "
                     f"{METHODS[method][fixed[0]]}: leave that option out")
+    idle = [name for name in IDLE[method] if name in said]
+    if idle:
+        usage_error(f"{option(idle[0])} does nothing with --method {method}: leave it out")
+    if method == "opd" and said.get("teacher") == "none":
+        usage_error("--method opd learns from the teacher alone: leave out --teacher none")
     tiny = TINY if said.get("model", "tiny") == "tiny" else {}
     cfg = Config(**{**tiny, **tasks.PRESETS[task], **METHODS[method], **said})
     if task != "codeedit" and (cfg.data or cfg.eval_data):
         usage_error(f"--data and --eval-data hold code edits: leave them out with --task {task}")
-    return replace(cfg, out=cfg.out or f"runs/{cfg.task}-{cfg.method}-s{cfg.seed}"), False
+    idle = [name for name in said if name not in EVAL_ONLY]
+    if cfg.eval_only and idle:
+        usage_error(f"{option(idle[0])} does nothing with --eval-only: leave it out")
+    name = "eval" if cfg.eval_only else f"{cfg.method}-s{cfg.seed}"
+    return replace(cfg, out=cfg.out or f"runs/{cfg.task}-{name}"), False
 
 
 if __name__ == "__main__":
     CONFIG, RESUMING = read_config(sys.argv[1:])  # before the imports that take seconds
+
+# Threads that wait for one another must sleep: spinning ones make a step 10 times slower as soon as
+# another process, such as the judge, wants a core.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -385,7 +416,7 @@ class LoRALinear(nn.Module):
     Hu et al. 2021, arXiv:2106.09685. Adapters are float32 whatever the dtype of the base.
     """
 
-    def __init__(self, base: nn.Linear):
+    def __init__(self, base: nn.Module):
         super().__init__()
         self.base = base
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
@@ -394,12 +425,17 @@ class LoRALinear(nn.Module):
 
     def add(self, name: str, rank: int, alpha: float, generator: torch.Generator) -> None:
         """A new adapter: A Kaiming uniform, B zero, so that it starts as the identity."""
-        bound = 1 / math.sqrt(self.base.in_features)
-        a = torch.empty(rank, self.base.in_features).uniform_(-bound, bound, generator=generator)
-        device = self.base.weight.device
+        out_features, in_features = linear_shape(self.base)
+        bound = 1 / math.sqrt(in_features)
+        a = torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
+        self.put(name, a, torch.zeros(out_features, rank), alpha / rank)
+
+    def put(self, name: str, a: Tensor, b: Tensor, scale: float) -> None:
+        """Hold given matrices as an adapter: A (r, in), B (out, r)."""
+        device = next(iter(self.base.state_dict().values())).device
         self.lora_A[name] = nn.Parameter(a.to(device))
-        self.lora_B[name] = nn.Parameter(torch.zeros(self.base.out_features, rank, device=device))
-        self.scale[name] = alpha / rank
+        self.lora_B[name] = nn.Parameter(b.to(device))
+        self.scale[name] = scale
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
@@ -409,6 +445,13 @@ class LoRALinear(nn.Module):
         return y
 
 
+def linear_shape(layer: nn.Module) -> tuple[int, int]:
+    """(out, in) of a linear layer, and of GPT-2's Conv1D."""
+    if hasattr(layer, "nf"):
+        return layer.nf, layer.nx
+    return layer.out_features, layer.in_features
+
+
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     """Every wrapped layer by its name in the model."""
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
@@ -416,10 +459,11 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 def wrap_linears(model: nn.Module) -> None:
     """Freeze the model and wrap each linear layer of attention and MLP, the head excepted."""
+    from transformers.pytorch_utils import Conv1D
     model.requires_grad_(False)
     for parent in list(model.base_model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear) and not isinstance(parent, LoRALinear):
+            if isinstance(child, nn.Linear | Conv1D) and not isinstance(parent, LoRALinear):
                 setattr(parent, name, LoRALinear(child))
 
 
@@ -483,18 +527,25 @@ class Policy:
         return self.stop_ids.device
 
     def encode(self, prompt: str) -> list[int]:
-        """A user message as the ids that the model continues, with exactly one BOS."""
-        if self.tokenizer.chat_template is None:
-            return self.tokenizer(prompt + "\n").input_ids
-        message = [{"role": "user", "content": prompt}]
-        text = self.tokenizer.apply_chat_template(
-            message, tokenize=False, add_generation_prompt=True)
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+        """A user message as the ids that the model continues, with exactly one BOS.
+
+        Chat templates write it themselves or leave it to the tokenizer; some models have none.
+        """
+        text = prompt + "\n"
+        if self.tokenizer.chat_template is not None:
+            text = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], tokenize=False,
+                add_generation_prompt=True, enable_thinking=False)  # Qwen3: the answer at once
+        ids = self.tokenizer(text, add_special_tokens=False).input_ids
+        own = self.tokenizer("").input_ids[:1]  # what the tokenizer itself begins with
+        missing = own == [self.tokenizer.bos_token_id] and ids[:1] != own
+        return own + ids if missing else ids
 
     def decode(self, batch: Batch) -> list[str]:
         """Completions as text, for the verifier and for people; training keeps the ids."""
         rows = [ids[mask].tolist() for ids, mask in zip(batch.completion, batch.mask, strict=True)]
-        return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        return self.tokenizer.batch_decode(rows, skip_special_tokens=True,
+                                           clean_up_tokenization_spaces=False)
 
 
 # =============================================================================================
@@ -571,12 +622,14 @@ def completion_hidden(policy: Policy, role: tuple[str, ...], batch: Batch) -> Te
 
     Padding stands on the right of a causal model, so no real token sees it.
     """
-    rows = [c + y.tolist() for c, y in zip(batch.contexts, batch.completion, strict=True)]
+    rows = [context + ids[mask].tolist() for context, ids, mask
+            in zip(batch.contexts, batch.completion, batch.mask, strict=True)]
     ids = pad(rows, policy.pad_id)[0].to(policy.device)
     with adapters(policy.model, role):
         hidden = policy.model.base_model(ids, use_cache=False).last_hidden_state  # (B, L, D)
     first = torch.tensor([len(c) - 1 for c in batch.contexts], device=policy.device)
     where = first[:, None] + torch.arange(batch.mask.shape[1], device=policy.device)  # (B, T)
+    where = where.clamp(max=hidden.shape[1] - 1)  # behind a short row: whatever, it is masked
     return hidden.gather(1, where[..., None].expand(-1, -1, hidden.shape[-1]))
 
 
@@ -617,13 +670,18 @@ def on_tokens(terms, batch: Batch, *hidden: Tensor) -> Tensor:
 # =============================================================================================
 
 
+def tied_groups(reward: Tensor, k: int) -> Tensor:
+    """Which rollouts (B,) got the same reward as all the others of their group?"""
+    group = reward.view(-1, k)  # (P, K)
+    return (group.amax(1) == group.amin(1)).repeat_interleave(k)
+
+
 def group_advantage(reward: Tensor, k: int) -> Tensor:
     """Rewards (B,), prompt-major, compared within each group of K -> advantages (B,)."""
     group = reward.view(-1, k)  # (P, K)
     std, mean = torch.std_mean(group, 1, correction=0, keepdim=True)
-    advantage = (group - mean) / (std + 1e-4)  # Eq. 2
-    tied = group.amax(1, keepdim=True) == group.amin(1, keepdim=True)
-    return advantage.masked_fill(tied, 0.0).view(-1)  # differs: exactly 0, float noise is no signal
+    advantage = ((group - mean) / (std + 1e-4)).view(-1)  # Eq. 2
+    return advantage.masked_fill(tied_groups(reward, k), 0.0)  # differs: float noise is no signal
 
 
 # =============================================================================================
@@ -706,6 +764,8 @@ def adapt_kl_coef(kl_coef: float, kl: float, cfg: Config) -> float:
     The rule is stationary when KL is above the target on 22 % of updates (1.2^.22 * .95^.78 = 1),
     so the average KL settles below the target.
     """
+    if kl_coef == 0:  # switched off
+        return 0.0
     kl_coef = kl_coef * (1.2 if kl > cfg.kl_target else 0.95)  # Eq. 9
     return min(max(kl_coef, 1e-4), 10.0)
 
@@ -713,6 +773,19 @@ def adapt_kl_coef(kl_coef: float, kl: float, cfg: Config) -> float:
 # =============================================================================================
 # Step 6 - replay: old skills, in the current student's own words
 # =============================================================================================
+
+
+@torch.no_grad()
+def mean_logps(policy: Policy, batch: Batch, cfg: Config) -> list[float]:
+    """The student's self-confidence in each row: its mean log-prob of a token."""
+    confidence = [0.0] * len(batch.mask)
+    score = partial(token_logps, policy.model, cfg.temperature)
+    for index in micro_batches(batch, cfg.micro_tokens):
+        part = batch.rows(index)
+        logp = on_tokens(score, part, completion_hidden(policy, policy.student, part))  # (b, T)
+        for row, value in zip(index.tolist(), logp.sum(1) / part.mask.sum(1), strict=True):
+            confidence[row] = value.item()
+    return confidence
 
 
 def refresh_replay(policy: Policy, anchors: list[tasks.Example], seed: int, step: int,
@@ -725,10 +798,7 @@ def refresh_replay(policy: Policy, anchors: list[tasks.Example], seed: int, step
     batch = sample(policy, policy.student, prompts, 1, cfg, seeded("replay", seed, step))
     verdicts = [tasks.verify_skill(*pair) for pair in zip(anchors, policy.decode(batch),
                                                            strict=True)]
-    with torch.no_grad():
-        hidden = completion_hidden(policy, policy.student, batch)
-        logp = on_tokens(partial(token_logps, policy.model, cfg.temperature), batch, hidden)
-    confidence = (logp.sum(1) / batch.mask.sum(1)).tolist()
+    confidence = mean_logps(policy, batch, cfg)
     order = sorted(range(len(anchors)), key=lambda i: (verdicts[i].reward, confidence[i]))
     kept = order[-math.ceil(cfg.replay_keep * len(anchors)):]
     return batch.rows(torch.tensor(kept))
@@ -790,7 +860,7 @@ def ask_reference(policy: Policy, batch: Batch, advantage: Tensor,
 def ask_teacher(policy: Policy, part: Experience, examples: list, cfg: Config) -> Tensor:
     """log T(a_t|s_t, hint) of the student's very ids, behind the privileged prompt: (b, T)."""
     teacher, role = policy.teacher
-    hints = [policy.encode(tasks.privileged_prompt(examples[i])) for i in part.index.tolist()]
+    hints = [teacher.encode(tasks.privileged_prompt(examples[i])) for i in part.index.tolist()]
     hinted = replace(part.batch, contexts=hints)
     score = partial(token_logps, teacher.model, cfg.temperature)
     return on_tokens(score, hinted, completion_hidden(teacher, role, hinted))
@@ -818,11 +888,12 @@ def update(policy: Policy, parts: list[Experience], replay: Batch | None, state:
         total_loss(loss, 0.0, share).backward()
         for name, value in info.items():
             sums[name] = sums.get(name, 0.0) + value.item()
-    if replay is not None:
-        loss_replay = nll_loss(policy, policy.student, replay, cfg.temperature,
-                               total(int(replay.mask.sum())))
+    replay_tokens = total(int(replay.mask.sum())) if replay else 0
+    for index in micro_batches(replay, cfg.micro_tokens) if replay else []:
+        loss_replay = nll_loss(policy, policy.student, replay.rows(index), cfg.temperature,
+                               replay_tokens)
         total_loss(0.0, loss_replay, share).backward()
-        sums["replay_loss"] = loss_replay.item()
+        sums["replay_loss"] = sums.get("replay_loss", 0.0) + loss_replay.item()
     sums = {name: total(value) for name, value in sums.items()}
     return {**sums, "grad_norm": optimizer_step(state.optimizer, cfg)}
 
@@ -856,7 +927,7 @@ def train_step(policy: Policy, task: tasks.Task, examples: list, state: State,
     rows = [example for example in examples for _ in range(cfg.rollouts)]
     answers = policy.decode(batch)
     verdicts = verify_all(task.verify, rows, answers)
-    reward = torch.tensor([v.reward for v in verdicts], device=policy.device)  # Eq. 1
+    reward = torch.tensor([float(v.reward) for v in verdicts], device=policy.device)  # Eq. 1
     advantage = group_advantage(reward, cfg.rollouts)
     if cfg.method == "opd":  # blind distillation looks at no verdict
         advantage = torch.zeros_like(advantage)
@@ -877,8 +948,8 @@ def train_step(policy: Policy, task: tasks.Task, examples: list, state: State,
         info = update(policy, parts, replay, state, cfg)
     state.kl_coef = adapt_kl_coef(state.kl_coef, info["kl"], cfg)
 
-    metrics = {**rollout_metrics(batch, verdicts, policy), **hint_metrics(parts), **info,
-               "kl_coef": state.kl_coef}
+    metrics = {**rollout_metrics(batch, verdicts, policy), **info, "kl_coef": state.kl_coef,
+               **hint_metrics(parts, tied_groups(reward, cfg.rollouts))}
     group = range(cfg.rollouts)
     return metrics, [sample_record(state.step + 1, rows[i], answers[i], verdicts[i],
                                    advantage[i].item()) for i in group]
@@ -920,15 +991,18 @@ def rollout_metrics(batch: Batch, verdicts: list[tasks.Verdict], policy: Policy)
                                            for v in verdicts).items()))}
 
 
-def hint_metrics(parts: list[Experience]) -> dict[str, float]:
+def hint_metrics(parts: list[Experience], tied: Tensor) -> dict[str, float]:
     """Where the teacher spoke: mean |D| in tied groups (its only place) and in the others."""
-    tied = torch.cat([(p.advantage == 0)[:, None].expand_as(p.batch.mask)[p.batch.mask]
-                      for p in parts])
-    gap = torch.cat([p.gap[p.batch.mask] for p in parts]).abs()
-    rows = torch.cat([p.advantage == 0 for p in parts]).float()
-    means = {"tied_rollouts": rows, "gap_tied": gap[tied], "gap_untied": gap[~tied]}
-    return {name: total(values.sum().item()) / max(total(len(values)), 1)
-            for name, values in means.items()}
+    sums = {"gap_tied": 0.0, "gap_untied": 0.0}
+    counts = dict.fromkeys(sums, 0)
+    for part in parts:
+        in_tied = tied[part.index.to(tied.device)][:, None]
+        for name, where in (("gap_tied", in_tied), ("gap_untied", ~in_tied)):
+            gap = part.gap[part.batch.mask & where].abs()
+            sums[name] += gap.sum().item()
+            counts[name] += len(gap)
+    return {"tied_rollouts": total(int(tied.sum())) / total(len(tied)),
+            **{name: total(sums[name]) / max(1, total(counts[name])) for name in sums}}
 
 
 def sample_record(step: int, example: tasks.Example, answer: str, verdict: tasks.Verdict,
@@ -951,16 +1025,26 @@ def reference_batch(policy: Policy, examples: list[tasks.Example]) -> Batch:
     return Batch([policy.encode(e.prompt) for e in examples], completion, mask)
 
 
+def imitate(policy: Policy, role: tuple[str, ...], batch: Batch, tokens: int,
+            micro_tokens: int) -> float:
+    """Add up the gradients of the NLL over `tokens` at temperature 1; returns its value."""
+    value = 0.0
+    for index in micro_batches(batch, micro_tokens):
+        loss = nll_loss(policy, role, batch.rows(index), 1.0, tokens)
+        loss.backward()
+        value += loss.item()
+    return value
+
+
 def sft_step(policy: Policy, task: tasks.Task, examples: list, state: State,
              cfg: Config) -> tuple[dict, list[dict]]:
     """The SFT baseline: as many optimiser steps on the same prompts, towards the references."""
     batch = reference_batch(policy, examples)
     tokens = total(int(batch.mask.sum()))
     for _ in range(cfg.epochs):
-        loss = nll_loss(policy, policy.student, batch, 1.0, tokens)
-        loss.backward()
+        nll = imitate(policy, policy.student, batch, tokens, cfg.micro_tokens)
         norm = optimizer_step(state.optimizer, cfg)
-    return {"nll": total(loss.item()), "grad_norm": norm, "tokens": tokens}, []
+    return {"nll": total(nll), "grad_norm": norm, "tokens": tokens}, []
 
 
 # =============================================================================================
@@ -1054,8 +1138,9 @@ def on_rank_0(function, *args):
 # The built-in model: a small Llama that is pretrained on the spot
 # =============================================================================================
 
-TINY_RECIPE = {"vocab": 768, "hidden": 128, "layers": 4, "heads": 4, "steps": 700, "batch": 32,
-               "lr": 3e-3, "documents": 12000, "micro_tokens": 1536, "seed": 1}
+TINY_RECIPE = {"vocab": 768, "hidden": 128, "layers": 4, "heads": 4, "init": 0.06,
+               "documents": 12000, "steps": 700, "batch_tokens": 3200, "micro_tokens": 1024,
+               "lr": 3e-3, "seed": 1}
 CHAT = "{% for m in messages %}<|user|>{{ m.content }}<|end|><|assistant|>{% endfor %}"
 
 
@@ -1090,6 +1175,7 @@ def new_tiny(tokenizer, recipe: dict) -> nn.Module:
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=width * 8 // 3,
         num_hidden_layers=recipe["layers"], num_attention_heads=recipe["heads"],
+        initializer_range=recipe["init"],  # 0.02 is for wide models: here copying emerges later
         max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     torch.manual_seed(recipe["seed"])
@@ -1099,10 +1185,11 @@ def new_tiny(tokenizer, recipe: dict) -> nn.Module:
 def pretrain(policy: Policy, documents: list[tuple[str, str]], recipe: dict) -> None:
     """Next-token training on the answers only: at this size, copying emerges in no other way."""
     rng = random.Random(recipe["seed"])
-    steps, size = recipe["steps"], recipe["batch"]
+    steps = recipe["steps"]
     stop = int(policy.stop_ids[0])
     rows = [(policy.encode(prompt), [*policy.tokenizer(answer).input_ids, stop])
             for prompt, answer in documents]
+    size = recipe["batch_tokens"] * len(rows) // sum(len(p) + len(a) for p, a in rows)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=recipe["lr"], betas=(0.9, 0.98),
                                   weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -1111,16 +1198,12 @@ def pretrain(policy: Policy, documents: list[tuple[str, str]], recipe: dict) -> 
     for _ in bar:
         prompts, answers = zip(*rng.choices(rows, k=size), strict=True)
         batch = Batch(list(prompts), *pad(answers, policy.pad_id))
-        tokens, total = int(batch.mask.sum()), 0.0
         optimizer.zero_grad()
-        for index in micro_batches(batch, recipe["micro_tokens"]):
-            loss = nll_loss(policy, BASE, batch.rows(index), 1.0, tokens)
-            loss.backward()
-            total += loss.item()
+        loss = imitate(policy, BASE, batch, int(batch.mask.sum()), recipe["micro_tokens"])
         nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        bar.set_postfix(loss=f"{total:.2f}", refresh=False)
+        bar.set_postfix(loss=f"{loss:.2f}", refresh=False)
 
 
 def build_tiny(task: tasks.Task) -> Path:
@@ -1128,6 +1211,7 @@ def build_tiny(task: tasks.Task) -> Path:
     folder, recipe = tiny_folder(task), TINY_RECIPE
     if (folder / "config.json").exists():
         return folder
+    print(f"Building the model tiny for {task.name}: a few minutes, once.", flush=True)
     rng = random.Random(recipe["seed"])
     documents = [tasks.web_document(task, rng)
                  for _ in progress(range(recipe["documents"]), "writing its corpus")]
@@ -1145,29 +1229,236 @@ def build_tiny(task: tasks.Task) -> Path:
     return folder
 
 
+# =============================================================================================
+# Real models: any causal LM of linear layers, as student or as teacher
+# =============================================================================================
+
+
 def load_policy(cfg: Config, task: tasks.Task) -> Policy:
-    """Any causal LM, frozen, wrapped, with a fresh policy adapter. Raises RunError."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    folder = on_rank_0(build_tiny, task) if cfg.model == "tiny" else cfg.model
+    """Any causal LM in all its roles, with a fresh policy adapter. Raises RunError."""
+    name = str(on_rank_0(build_tiny, task)) if cfg.model == "tiny" else cfg.model
+    start = is_adapter(name)
+    base = adapter_settings(Path(name))["base_model_name_or_path"] if start else name
+    policy = load_frozen(base, cfg)
+    if start:  # frozen like the format adapter: the reference is the model as it was given
+        load_adapter(policy.model, "start", Path(name))
+        policy.reference = ("start",)
+    add_adapter(policy.model, "policy", cfg.lora_rank, cfg.lora_alpha, cfg.seed)
+    if cfg.teacher not in ("self", "none") and cfg.teacher_coef > 0 and not cfg.eval_only:
+        load_teacher(policy, cfg)
+    return policy
+
+
+def load_teacher(policy: Policy, cfg: Config) -> None:
+    """A specialist adapter, or a stronger model that speaks in the same ids. Raises RunError."""
+    if is_adapter(cfg.teacher):
+        load_adapter(policy.model, "specialist", Path(cfg.teacher))
+        policy.specialist = True
+        return
+    tokenizer, _ = read_plan(cfg.teacher)
+    if tokenizer.get_vocab() != policy.tokenizer.get_vocab():
+        raise RunError(f"--teacher {cfg.teacher} has another tokenizer than the student: it must "
+                       "know every token by the same id, so give a model of the same family")
+    policy.stronger = load_frozen(cfg.teacher, cfg)
+
+
+def load_frozen(name: str, cfg: Config) -> Policy:
+    """A causal LM and its tokenizer: frozen, wrapped and checked. Raises RunError.
+
+    What can be refused is refused before the weights are fetched.
+    """
+    from transformers import AutoModelForCausalLM
     device = pick_device(cfg.device)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16,
-             "auto": torch.bfloat16 if device.type == "cuda" else torch.float32}[cfg.dtype]
+             "auto": fast_dtype(device)}[cfg.dtype]
+    tokenizer, plan = read_plan(name)
+    check_layers(plan, name, cfg)
+    check_memory(plan, dtype, device, cfg)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    except Exception as error:  # of any kind, when a file is damaged
-        why = (str(error) or repr(error)).splitlines()[0]
-        raise RunError(f"--model {cfg.model} ({folder}) cannot be loaded: {why}; "
-                       "give tiny, a folder, or a Hugging Face id that is cached or reachable"
-                       ) from None
-    model = model.to(device).eval()  # eval: no dropout while scoring
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, trust_remote_code=False, output_loading_info=True)
+    except Exception as error:  # of any kind, where a file is damaged
+        raise load_error(name, error) from None
+    if info["missing_keys"]:
+        raise RunError(f"{name} holds no weights for {min(info['missing_keys'])}")
+    model.eval()  # no dropout while scoring
     wrap_linears(model)
-    add_adapter(model, "policy", cfg.lora_rank, cfg.lora_alpha, cfg.seed)
-    stops = model.generation_config.eos_token_id
-    stops = stops if isinstance(stops, list) else [stops]
-    stops = sorted({i for i in [*stops, tokenizer.eos_token_id] if i is not None})
+    if cfg.quantize == "nf4":
+        quantize_linears(model, device)
+    if recomputes(plan, cfg):
+        recompute_layers(model)
+    stops = torch.tensor(stop_tokens(tokenizer, model.generation_config), device=device)
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    return Policy(model, tokenizer, torch.tensor(stops, device=device), pad_id)
+    policy = Policy(model.to(device), tokenizer, stops, pad_id)
+    self_check(policy, name)
+    return policy
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device computes in it; old GPUs only imitate that."""
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if fast else torch.float32
+
+
+def read_plan(name: str) -> tuple[object, nn.Module]:
+    """The tokenizer, and the wrapped model without its weights, on torch's "meta" device."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        with torch.device("meta"):
+            plan = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # of any kind, where a file is damaged
+        raise load_error(name, error) from None
+    if tokenizer.eos_token_id is None:
+        raise RunError(f"{name} has a tokenizer without an end-of-sequence token: no answer of "
+                       "it could end")
+    wrap_linears(plan)
+    return tokenizer, plan
+
+
+def load_error(name: str, error: Exception) -> RunError:
+    """What went wrong with a model, in one sentence."""
+    why = (str(error) or repr(error)).splitlines()[0].rstrip(".")
+    if Path(name).is_dir() and not (Path(name) / "config.json").exists():
+        why = "the folder holds no config.json"
+    elif "Repo id must" in why:
+        why = "there is no such folder, and it is no Hugging Face id"
+    elif "Unrecognized configuration class" in why:
+        why = "it is not a causal language model"
+    return RunError(f"{name} cannot be loaded: {why}; give tiny, a folder, or a Hugging Face id "
+                    "that is cached or reachable")
+
+
+def check_layers(plan: nn.Module, name: str, cfg: Config) -> None:
+    """Raise RunError where a matrix of the model is out of reach of LoRA on linear layers."""
+    from transformers.pytorch_utils import Conv1D
+    kind, config = plan.config.model_type, plan.config
+    if getattr(config, "quantization_config", None):
+        raise RunError(f"{name} is quantised already: give the plain model, and --quantize nf4")
+    for path, module in plan.base_model.named_modules():
+        matrix = any(p.dim() > 1 for p in module.parameters(recurse=False))
+        if matrix and not isinstance(module, nn.Linear | nn.Embedding | Conv1D):
+            raise RunError(f"{name} is of the architecture {kind}, which is not supported: {path} "
+                           f"is a {type(module).__name__} (fused experts, convolutions and state "
+                           "spaces are no linear layers)")
+        if isinstance(module, Conv1D) and cfg.quantize != "none":
+            raise RunError(f"{name} is of the architecture {kind}, whose Conv1D layers "
+                           "--quantize does not know")
+
+
+RECOMPUTE_FROM = 300_000_000  # parameters
+
+
+def recomputes(plan: nn.Module, cfg: Config) -> bool:
+    """Is memory dearer than time? With NF4, autograd would keep every dequantised weight."""
+    size = sum(p.numel() for p in plan.parameters())
+    return size >= RECOMPUTE_FROM or cfg.quantize == "nf4"
+
+
+def memory_needed(plan: nn.Module, dtype: torch.dtype, cfg: Config) -> dict[str, float]:
+    """The most that a run will want, in bytes, by what it is for."""
+    wide, config = torch.finfo(dtype).bits // 8, plan.config
+    depth = config.num_hidden_layers
+    shapes = [linear_shape(layer.base) for layer in lora_layers(plan).values()]
+    linear = sum(out * inp for out, inp in shapes)
+    others = sum(p.numel() for p in plan.parameters()) - linear
+    weight = 4 / 8 + 4 / 64 if cfg.quantize == "nf4" else wide  # bytes of one
+    kept = ACTIVATIONS * sum(out * wide + inp * 4 for out, inp in shapes)  # by a token
+    if recomputes(plan, cfg):
+        kept = kept / depth + wide * config.hidden_size * depth
+    logits = 6 * 4 * CHUNK * config.vocab_size
+    return {"weights": linear * weight + others * wide,
+            "adapters and optimiser": 4 * 4 * cfg.lora_rank * sum(map(sum, shapes)),
+            f"a micro-batch of {cfg.micro_tokens} tokens": cfg.micro_tokens * kept + logits}
+
+
+ACTIVATIONS = 2  # what a layer keeps, over the inputs and outputs of its matrices (measured)
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that are free there; infinite where nobody can say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+    except OSError:
+        return INF
+    return 1024 * int(dict(line.split(":") for line in lines)["MemAvailable"].split()[0])
+
+
+def check_memory(plan: nn.Module, dtype: torch.dtype, device: torch.device, cfg: Config) -> None:
+    """Print the estimate, if it is worth a line. Raise RunError if it clearly exceeds."""
+    needed, free = memory_needed(plan, dtype, cfg), free_memory(device)
+    total = sum(needed.values())
+    shown = ", ".join(f"{what} {size / 2**30:.1f}" for what, size in needed.items())
+    if total > 2**30:
+        print(f"memory in GB, at most: {shown}; free {free / 2**30:.1f}", flush=True)
+    if needed["weights"] + needed["adapters and optimiser"] > free or total > 2 * free:
+        raise RunError(f"this needs {total / 2**30:.1f} GB ({shown}) and {free / 2**30:.1f} GB are "
+                       "free: lower --micro-tokens, try --quantize nf4, or take a smaller model")
+
+
+def stop_tokens(tokenizer, generation_config) -> list[int]:
+    """Every id that ends an answer. SFT teaches the first: a chat's own end of turn."""
+    others = generation_config.eos_token_id
+    others = others if isinstance(others, list) else [others]
+    found = [end_of_turn(tokenizer), tokenizer.eos_token_id, *others]
+    return list(dict.fromkeys(i for i in found if i is not None))
+
+
+def end_of_turn(tokenizer) -> int | None:
+    """The special token that the chat template writes behind an answer, if there is one."""
+    if tokenizer.chat_template is None:
+        return None
+    chat = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False)
+    ids = tokenizer(text.rpartition("ANSWER")[2], add_special_tokens=False).input_ids
+    token = tokenizer.added_tokens_decoder.get(ids[0]) if ids else None
+    return ids[0] if token is not None and token.special else None
+
+
+@torch.no_grad()
+def self_check(policy: Policy, name: str) -> None:
+    """Raise RunError unless the model does what sampling and scoring rely on.
+
+    Its own logits for a bare prompt, against `head` of the hidden states when padding stands on
+    the left of that prompt and another token on its right.
+    """
+    ids = policy.encode("Hello")
+    row = torch.tensor([[policy.pad_id, *ids, ids[0]]], device=policy.device)
+    seen = torch.ones_like(row)
+    seen[0, 0] = 0
+    own = policy.model(row[:, 1:-1]).logits[0, -1].float()  # (V,)
+    out = policy.model.base_model(row, attention_mask=seen, use_cache=False,
+                                  position_ids=(seen.cumsum(1) - 1).clamp(min=0))
+    ours = head(policy.model, out.last_hidden_state[0, -2]).float()
+    error = ((ours - own).abs().max() / own.abs().max()).item()
+    if error > (1e-3 if own.dtype == policy.model.dtype else 0.05):  # bfloat16 has 8 bits
+        raise RunError(f"{name} is of the architecture {policy.model.config.model_type}, which is "
+                       f"not supported: its logits differ from head(hidden states) by {error:.0%} "
+                       "(scaled logits, unusual positions, or attention to later tokens)")
+
+
+def recompute_layers(model: nn.Module) -> None:
+    """Let each decoder layer keep its input only: a third more work, far less memory."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.forward = partial(recomputed, model, layer.forward)
+
+
+def recomputed(model: nn.Module, forward, *inputs, **options):
+    """A layer's forward pass, which the backward pass will do again.
+
+    Under the adapters of now: by then their `with` block is over.
+    """
+    if not torch.is_grad_enabled():
+        return forward(*inputs, **options)
+    active = next(iter(lora_layers(model).values())).active
+    return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False,
+                      context_fn=lambda: (contextlib.nullcontext(), adapters(model, active)),
+                      **options)
 
 
 def pick_device(name: str) -> torch.device:
@@ -1182,10 +1473,123 @@ def pick_device(name: str) -> torch.device:
 
 
 # =============================================================================================
+# NF4: the frozen base in 4 bits
+# =============================================================================================
+
+NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+       -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+       0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+       0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
+BLOCK = 64  # weights that share a scale
+
+
+class NF4Linear(nn.Module):
+    """A frozen linear layer in 4 bits (Dettmers et al. 2023, arXiv:2305.14314).
+
+    Row by row, each 64 weights: the nearest codes to w / max |w|, two in a byte, and max |w|.
+    """
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.out_features, self.in_features = base.weight.shape
+        self.bias, self.dtype = base.bias, base.weight.dtype
+        flat = base.weight.detach().float().flatten()
+        blocks = F.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
+        absmax = blocks.abs().amax(1, keepdim=True)
+        codes = torch.tensor(NF4, device=flat.device)
+        middles = (codes[1:] + codes[:-1]) / 2
+        code = torch.bucketize(blocks / absmax.clamp(min=1e-30), middles, out_int32=True)
+        code = code.to(torch.uint8).view(-1, 2)
+        self.register_buffer("packed", code[:, 0] << 4 | code[:, 1])  # (weights / 2,)
+        self.register_buffer("absmax", absmax)  # (weights / 64, 1)
+        self.register_buffer("pairs", torch.cartesian_prod(codes, codes))  # (256, 2) of a byte
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantised weights, (out, in) in the dtype they had."""
+        values = F.embedding(self.packed.int(), self.pairs).view(-1, BLOCK) * self.absmax
+        size = self.out_features * self.in_features
+        return values.flatten()[:size].view(self.out_features, -1).to(self.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+def quantize_linears(model: nn.Module, device: torch.device) -> None:
+    """The base of every wrapped layer in NF4, one at a time: the device never holds them all."""
+    for layer in lora_layers(model).values():
+        layer.base = NF4Linear(layer.base.to(device))
+
+
+# =============================================================================================
+# Adapters in PEFT's format that were made elsewhere
+# =============================================================================================
+
+NOT_PLAIN = (  # settings of PEFT's LoRA that, where set, change what A and B mean or add to them
+    "use_dora", "bias", "lora_bias", "modules_to_save", "trainable_token_indices",
+    "target_parameters", "layer_replication", "alpha_pattern", "alora_invocation_tokens",
+    "use_qalora", "use_bdlora", "arrow_config", "velora_config", "monteclora_config")
+
+
+def is_adapter(name: str) -> bool:
+    """Is it a folder that PEFT has written?"""
+    return (Path(name) / "adapter_config.json").exists()
+
+
+def adapter_settings(folder: Path) -> dict:
+    """The adapter_config.json of a plain LoRA. Raises RunError for anything else, by its name."""
+    try:
+        settings = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+        kind, _ = settings["peft_type"], settings["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{folder} holds no adapter_config.json of PEFT ({error})") from None
+    if kind != "LORA":
+        raise RunError(f"{folder} holds an adapter of the kind {kind}: only LORA is supported")
+    odd = [name for name in NOT_PLAIN if settings.get(name) not in (None, False, "none", {}, [])]
+    if settings.get("init_lora_weights", True) not in (True, False, "gaussian", "eva"):
+        odd.append("init_lora_weights")  # PiSSA and others change the base too
+    if odd:
+        raise RunError(f"{folder} is not plain LoRA: {odd[0]} is {settings[odd[0]]!r}, which is "
+                       "not supported")
+    return settings
+
+
+def load_adapter(model: nn.Module, name: str, folder: Path) -> None:
+    """A PEFT LoRA folder as a frozen adapter. Raises RunError where it does not fit.
+
+    Layers that it leaves out, or adapts at a lower rank, are filled up with zeros.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    settings = adapter_settings(folder)
+    try:
+        weights = load_file(folder / "adapter_model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{folder}/adapter_model.safetensors cannot be read: {error}") from None
+    rank = max((len(w) for key, w in weights.items() if ".lora_A." in key), default=1)
+    for path, layer in lora_layers(model).items():
+        a, b = (weights.pop(f"base_model.model.{path}.lora_{kind}.weight", None) for kind in "AB")
+        out_features, in_features = linear_shape(layer.base)
+        if a is None or b is None:
+            a, b = torch.zeros(0, in_features), torch.zeros(out_features, 0)
+        own = len(a)
+        if a.shape != (own, in_features) or b.shape != (out_features, own):
+            raise RunError(f"{folder} was made for another model: {path} has other sizes here")
+        divisor = math.sqrt(own) if settings.get("use_rslora") else own
+        layer.put(name, F.pad(a.float(), (0, 0, 0, rank - own)),
+                  F.pad(b.float(), (0, rank - own)), settings["lora_alpha"] / max(divisor, 1))
+    if weights:
+        raise RunError(f"{folder} adapts {min(weights)}, which is no linear layer of attention or "
+                       "MLP here")
+    for parameter in adapter_parameters(model, name):
+        parameter.requires_grad_(False)
+
+
+# =============================================================================================
 # Evaluation and verdict. It draws from its own generators: training never notices.
 # =============================================================================================
 
-SLICE = 64  # prompts that are answered at one time
+SLICE = 256  # answers that are written at one time
 
 
 def mean(values) -> float:
@@ -1214,8 +1618,9 @@ def answers_to(policy: Policy, role: tuple[str, ...], prompts: list[str], k: int
                cfg: Config) -> tuple[list[Batch], list[str]]:
     """K answers to each prompt, prompt-major: as batches of ids, and as one list of texts."""
     batches, texts = [], []
-    for i in range(0, len(prompts), SLICE):
-        ids = [policy.encode(prompt) for prompt in prompts[i:i + SLICE]]
+    size = max(1, SLICE // k)
+    for i in range(0, len(prompts), size):
+        ids = [policy.encode(prompt) for prompt in prompts[i:i + size]]
         batches.append(sample(policy, role, ids, k, cfg, seeded("evaluation", i)))
         texts += policy.decode(batches[-1])
     return batches, texts
@@ -1233,7 +1638,8 @@ def split_scores(policy: Policy, task: tasks.Task, role: tuple[str, ...], exampl
                  cfg: Config) -> tuple[dict, list[Batch]]:
     """Scores on one set of problems, and K samples of each at temperature 1 (for `movement`).
 
-    Edit metrics are means over the sampled answers that pass: a failing edit repairs nothing.
+    Edit metrics are means over the sampled answers that pass, None if none does: a failing edit
+    repairs nothing.
     """
     greedy = greedy_verdicts(policy, role, examples, task.verify, cfg)
     batches, texts = answers_to(policy, role, [e.prompt for e in examples], cfg.rollouts, full(cfg))
@@ -1244,7 +1650,8 @@ def split_scores(policy: Policy, task: tasks.Task, role: tuple[str, ...], exampl
               "reward": mean(v.reward for v in sampled),
               "format": mean(v.formatted for v in sampled)}
     for name in task.edit_metrics:
-        scores[name] = mean(v.metrics[name] for v in sampled if v.passed)
+        values = [v.metrics[name] for v in sampled if v.passed]
+        scores[name] = mean(values) if values else None
     return {**scores, "passes": [int(v.passed) for _, v in greedy],
             "answers": [text for text, _ in greedy]}, batches
 
@@ -1255,27 +1662,43 @@ def full(cfg: Config) -> Config:
 
 
 def evaluate(policy: Policy, task: tasks.Task, role: tuple[str, ...], cfg: Config) -> dict:
-    """All that the report says of one role; `passes` and `answers` are per problem."""
+    """All that the report says of one role; `passes` and `answers` are per problem.
+
+    KL is in nats per token: to the base, from the base, and to the reference (after Step 1).
+    """
     scores, batches = {}, {}
     for split, examples in task.evals.items():
         scores[split], batches[split] = split_scores(policy, task, role,
                                                      examples[:cfg.eval_problems], cfg)
     problems = first_split(task.evals)[:cfg.eval_problems]
-    general = greedy_verdicts(policy, role, task.benchmark, tasks.verify_skill, cfg)
-    by_skill: dict[str, list[float]] = {}
-    for example, (_, verdict) in zip(task.benchmark, general, strict=True):
-        by_skill.setdefault(example.skill, []).append(verdict.reward)
-    hinted = [replace(e, prompt=tasks.privileged_prompt(e)) for e in problems]
-    with_hint = greedy_verdicts(policy, role, hinted, task.verify, cfg)
-    from_base, _ = answers_to(policy, BASE, [e.prompt for e in problems], 1, full(cfg))
+    prompts = [example.prompt for example in problems]
+    from_base, _ = answers_to(policy, BASE, prompts, 1, full(cfg))
     anchors, _ = answers_to(policy, role, [e.prompt for e in task.benchmark], 1, full(cfg))
     kl, entropy = movement(policy, role, BASE, first_split(batches))
-    return {**scores,
-            "general": {"mean": mean(v.reward for _, v in general),
-                        **{skill: mean(r) for skill, r in by_skill.items()}},
-            "kl_to_base": kl, "kl_from_base": movement(policy, BASE, role, from_base)[0],
+    return {**scores, "general": general_scores(policy, task, role, cfg), "kl_to_base": kl,
+            "kl_from_base": movement(policy, BASE, role, from_base)[0],
+            "kl_to_reference": movement(policy, role, policy.reference, first_split(batches))[0],
             "entropy": entropy, "entropy_anchors": movement(policy, role, BASE, anchors)[1],
-            "pass@1_with_hint": mean(v.passed for _, v in with_hint)}
+            "pass@1_with_hint": hinted_pass(policy, role, problems, task, cfg),
+            "pass@1_of_teacher": hinted_pass(*policy.teacher, problems, task, cfg)}
+
+
+def general_scores(policy: Policy, task: tasks.Task, role: tuple[str, ...],
+                   cfg: Config) -> dict[str, float]:
+    """The general benchmark: the mean, and each old skill by its name."""
+    verdicts = greedy_verdicts(policy, role, task.benchmark, tasks.verify_skill, cfg)
+    by_skill: dict[str, list[float]] = {}
+    for example, (_, verdict) in zip(task.benchmark, verdicts, strict=True):
+        by_skill.setdefault(example.skill, []).append(verdict.reward)
+    return {"mean": mean(v.reward for _, v in verdicts),
+            **{skill: mean(rewards) for skill, rewards in by_skill.items()}}
+
+
+def hinted_pass(policy: Policy, role: tuple[str, ...], problems: list, task: tasks.Task,
+                cfg: Config) -> float:
+    """Greedy pass rate with the privileged hint in the prompt."""
+    hinted = [replace(e, prompt=tasks.privileged_prompt(e)) for e in problems]
+    return mean(v.passed for _, v in greedy_verdicts(policy, role, hinted, task.verify, cfg))
 
 
 def paired_bootstrap(before: list[int], after: list[int], draws: int = 10_000
@@ -1310,9 +1733,10 @@ def judge_run(before: dict, after: dict, edit_metrics: tuple[str, ...], cfg: Con
                          f"x{on_task:.2f} on the task (at least 0.3), "
                          f"x{on_anchors:.2f} on anchors (at least 0.8)")}
     if "excess_edit" in edit_metrics:
+        edits = [old["excess_edit"], new["excess_edit"]]
         conditions["extra edits not up"] = (
-            new["excess_edit"] <= old["excess_edit"],
-            f"{old['excess_edit']:.4f} -> {new['excess_edit']:.4f}")
+            None in edits or edits[1] <= edits[0],
+            " -> ".join("nothing passes" if e is None else f"{e:.4f}" for e in edits))
     return {"improved": all(holds for holds, _ in conditions.values()),
             "conditions": {name: {"holds": bool(holds), "numbers": numbers}
                            for name, (holds, numbers) in conditions.items()}}
@@ -1413,6 +1837,7 @@ def load_checkpoint(folder: Path, policy: Policy, state: State, cfg: Config) -> 
     try:
         if saved["format"]:
             add_format_adapter(policy, cfg)
+            freeze_format(policy)
         weights = named_adapters(policy.model)
         for name in weights.keys() | saved["adapters"].keys():
             weights[name].data.copy_(saved["adapters"][name])
@@ -1426,7 +1851,7 @@ def load_checkpoint(folder: Path, policy: Policy, state: State, cfg: Config) -> 
                        "the run was started with, or start a new one") from None
 
 
-def export_adapter(folder: Path, policy: Policy, cfg: Config) -> None:
+def export_adapter(folder: Path, policy: Policy) -> None:
     """The student as one adapter in PEFT's format.
 
     A sum of low-rank updates is one update of the summed rank: [s1 B1, s2 B2] [A1; A2].
@@ -1443,8 +1868,25 @@ def export_adapter(folder: Path, policy: Policy, cfg: Config) -> None:
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     write_json(folder / "adapter_config.json", {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank,
-        "lora_dropout": 0.0, "bias": "none", "base_model_name_or_path": cfg.model,
+        "lora_dropout": 0.0, "bias": "none", "base_model_name_or_path": policy.model.name_or_path,
+        "fan_in_fan_out": hasattr(layer.base, "nf"),
         "target_modules": sorted({n.split(".")[-1] for n in lora_layers(policy.model)})})
+
+
+def export_merged(folder: Path, policy: Policy) -> None:
+    """The student as a plain model with its tokenizer: W + s B A in the dtype of W."""
+    layers = lora_layers(policy.model)
+    wrapped = tuple(f"{path}." for path in layers)
+    state = {k: w for k, w in policy.model.state_dict().items() if not k.startswith(wrapped)}
+    for path, layer in layers.items():
+        weight = layer.base.weight.detach()
+        change = sum(layer.scale[n] * layer.lora_B[n] @ layer.lora_A[n] for n in policy.student)
+        change = change.T if hasattr(layer.base, "nf") else change
+        state[f"{path}.weight"] = (weight.float() + change.detach()).to(weight.dtype).cpu()
+        if layer.base.bias is not None:
+            state[f"{path}.bias"] = layer.base.bias
+    policy.model.save_pretrained(folder, state_dict=state)
+    policy.tokenizer.save_pretrained(folder)
 
 
 # =============================================================================================
@@ -1455,7 +1897,7 @@ def export_adapter(folder: Path, policy: Policy, cfg: Config) -> None:
 def add_format_adapter(policy: Policy, cfg: Config) -> None:
     """Step 1's adapter: from now on part of the reference, and of the student."""
     add_adapter(policy.model, "format", cfg.format_rank, cfg.format_rank, cfg.seed)
-    policy.reference = ("format",)
+    policy.reference = (*policy.reference, "format")
 
 
 def train_format(policy: Policy, task: tasks.Task, cfg: Config) -> None:
@@ -1466,11 +1908,16 @@ def train_format(policy: Policy, task: tasks.Task, cfg: Config) -> None:
     order = torch.randperm(len(examples), generator=seeded("format", cfg.seed)).tolist()
     last = len(order) - world() + 1  # every rank needs an example
     for i in progress(range(0, last, cfg.prompts), "Step 1: format"):
-        chosen = mine([examples[j] for j in order[i:i + cfg.prompts]])
-        batch = reference_batch(policy, chosen)
-        tokens = total(int(batch.mask.sum()))
-        nll_loss(policy, policy.reference, batch, 1.0, tokens).backward()
+        batch = reference_batch(policy, mine([examples[j] for j in order[i:i + cfg.prompts]]))
+        imitate(policy, policy.reference, batch, total(int(batch.mask.sum())), cfg.micro_tokens)
         optimizer_step(optimizer, cfg)
+    freeze_format(policy)
+
+
+def freeze_format(policy: Policy) -> None:
+    """Step 1 is over: its adapter is part of the reference."""
+    for parameter in adapter_parameters(policy.model, "format"):
+        parameter.requires_grad_(False)
 
 
 def progress(items, what: str):
@@ -1576,7 +2023,7 @@ def warnings_of(recent: list[dict], cfg: Config) -> set[str]:
 
 def probe(policy: Policy, task: tasks.Task, cfg: Config) -> float:
     """Greedy pass rate on a few held-out problems: a look while training runs."""
-    problems = first_split(task.evals)[:SLICE]
+    problems = first_split(task.evals)[:cfg.eval_problems][:64]
     verdicts = greedy_verdicts(policy, policy.student, problems, task.verify, cfg)
     return mean(v.passed for _, v in verdicts)
 
@@ -1605,7 +2052,9 @@ def log_header() -> str:
 def environment(policy: Policy) -> dict:
     """What a result depends on besides the code."""
     import transformers
-    size = sum(p.numel() for p in policy.model.parameters() if not p.requires_grad)
+    layers = lora_layers(policy.model).values()
+    size = sum(p.numel() for n, p in policy.model.named_parameters() if ".lora_" not in n)
+    size += sum(2 * m.base.packed.numel() for m in layers if isinstance(m.base, NF4Linear))
     return {"python": sys.version.split()[0], "torch": torch.__version__,
             "transformers": transformers.__version__, "device": str(policy.device),
             "dtype": str(policy.model.dtype), "threads": torch.get_num_threads(),
@@ -1670,7 +2119,9 @@ def load_task(cfg: Config) -> tasks.Task:
         own["evals"] = {"eval_data": tasks.load_edits(cfg.eval_data)}
     if cfg.benchmark:
         own["benchmark"] = tasks.load_benchmark(cfg.benchmark)
-    return replace(tasks.TASKS[cfg.task](), **own)
+    task = replace(tasks.TASKS[cfg.task](), **own)
+    apart = math.ceil(len(task.benchmark) / cfg.eval_problems)  # some of every skill
+    return replace(task, benchmark=task.benchmark[::apart])
 
 
 def check_free(out: Path, cfg: Config) -> None:
@@ -1704,13 +2155,21 @@ def empty_folder(out: Path, cfg: Config) -> None:
 def start(policy: Policy, task: tasks.Task, state: State, out: Path, cfg: Config) -> None:
     """Measure the base, teach it the format if it needs that, and save: step 0."""
     on_rank_0(empty_folder, out, cfg)
-    state.before = on_rank_0(evaluate, policy, task, BASE, cfg)
+    state.before = on_rank_0(evaluate, policy, task, policy.reference, cfg)
     rate = first_split(state.before)["format"]
     if rate < cfg.format_threshold:
         print(f"Step 1: {rate:.0%} of the answers are well-formed, "
               f"below {cfg.format_threshold:.0%}: format SFT first")
         train_format(policy, task, cfg)
+        now = on_rank_0(format_rate, policy, task, cfg)
+        print(f"Step 1: {rate:.0%} -> {now:.0%} well-formed answers", flush=True)
     on_rank_0(save_checkpoint, out / "checkpoint", policy, state)
+
+
+def format_rate(policy: Policy, task: tasks.Task, cfg: Config) -> float:
+    """The share of well-formed answers of the reference."""
+    problems = first_split(task.evals)[:cfg.eval_problems]
+    return split_scores(policy, task, policy.reference, problems, cfg)[0]["format"]
 
 
 def rewind_folder(out: Path, step: int, cfg: Config) -> None:
@@ -1742,21 +2201,40 @@ def resume(policy: Policy, task: tasks.Task, state: State, out: Path, cfg: Confi
 def run(cfg: Config, out: Path, resuming: bool) -> dict:
     """One whole run: base, Step 1 if needed, training, evaluation, report."""
     started = time.perf_counter()
+    if cfg.merge and any(Path(cfg.merge).glob("*")):
+        raise RunError(f"--merge {cfg.merge} is not empty: name a new folder")
     task = load_task(cfg)
     policy = load_policy(cfg, task)
     optimizer = torch.optim.Adam(adapter_parameters(policy.model, "policy"), lr=cfg.lr)
     state = State(optimizer, cfg.kl_coef)
     print_environment(environment(policy))
+    if cfg.eval_only:
+        return only_evaluate(policy, task, out, cfg)
     (resume if resuming else start)(policy, task, state, out, cfg)
     train(policy, task, state, out, cfg)
     after = on_rank_0(evaluate, policy, task, policy.student, cfg)
-    on_rank_0(export_adapter, out / "adapter", policy, cfg)
+    on_rank_0(export_adapter, out / "adapter", policy)
+    if cfg.merge:
+        on_rank_0(export_merged, Path(cfg.merge), policy)
     report = {"before": state.before, "after": after,
               "verdict": judge_run(state.before, after, task.edit_metrics, cfg),
               "seconds": time.perf_counter() - started, "environment": environment(policy)}
     on_rank_0(write_json, out / "report.json", report)
     print_examples(task, state.before, after)
     print_report(report)
+    return report
+
+
+def only_evaluate(policy: Policy, task: tasks.Task, out: Path, cfg: Config) -> dict:
+    """The scores of the model as it was given, in a table and in report.json."""
+    started = time.perf_counter()
+    scores = evaluate(policy, task, policy.reference, cfg)
+    print()
+    for name, value in flat(scores).items():
+        print(f"{name:36}{value:9.3f}")
+    report = {"scores": scores, "seconds": time.perf_counter() - started,
+              "environment": environment(policy)}
+    write_json(out / "report.json", report)
     return report
 
 

@@ -1,0 +1,2877 @@
+"""Tests of VC-OPD, in the order of the code: the method first, then the tasks and their judge."""
+
+import ast
+import bisect
+import functools
+import gzip
+import hashlib
+import inspect
+import io
+import itertools
+import json
+import math
+import os
+import random
+import re
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import tokenize
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import tasks
+import vcopd
+
+# =============================================================================================
+# Helpers: a policy small enough to enumerate, and oracles that share no code with vcopd.py
+# =============================================================================================
+
+EOS, PAD, BOS, UNK, AB = range(5)
+VOCAB = ["<eos>", "<pad>", "<bos>", "<unk>", "ab", *"abcdefghijklmnopqrstuvwxyzA0123456789 \n:"]
+EQUATIONS = range(1, 13)
+TOY = vcopd.Config(prompts=4, rollouts=4, max_new_tokens=6, lr=1e-2, replay_every=2, steps=6,
+                   replay_keep=0.5, replay_share=0.2, format_rank=2, format_examples=8)
+
+
+def letter_tokenizer(bos: bool = False, template: str | None = None):
+    """One token a character, and one merge: the ids a, b read "ab" and encode as the token ab."""
+    from tokenizers import Tokenizer, decoders, models, processors
+    from transformers import PreTrainedTokenizerFast
+    ids = {token: i for i, token in enumerate(VOCAB)}
+    core = Tokenizer(models.BPE(ids, [("a", "b")], unk_token="<unk>"))
+    core.decoder = decoders.Fuse()
+    if bos:
+        core.post_processor = processors.TemplateProcessing("<bos> $A", None, [("<bos>", BOS)])
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<pad>",
+                                   bos_token="<bos>", unk_token="<unk>", chat_template=template)
+
+
+def tiny_model(architecture: str = "llama", vocab: int = len(VOCAB), **options):
+    """Random weights, large enough that every context has its own distribution."""
+    from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+    sizes = {"vocab_size": vocab, "hidden_size": 32, "num_hidden_layers": 2, "eos_token_id": EOS,
+             "num_attention_heads": 4, "max_position_embeddings": 128, "bos_token_id": None,
+             "pad_token_id": PAD, **options}
+    torch.manual_seed(0)
+    if architecture == "llama":  # rotary positions
+        return LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=64,
+                                            initializer_range=0.2)).eval()
+    return OPTForCausalLM(OPTConfig(**sizes, ffn_dim=64, word_embed_proj_dim=32,  # learned ones
+                                    init_std=0.2)).eval()
+
+
+def tiny_policy(architecture: str = "llama", vocab: int = len(VOCAB), stop_ids=(EOS,),
+                dtype=torch.float32, moved: float = 0.0) -> vcopd.Policy:
+    """A frozen random model with a policy adapter, `moved` away from its zero start."""
+    model = tiny_model(architecture, vocab).to(dtype)
+    vcopd.wrap_linears(model)
+    vcopd.add_adapter(model, "policy", 4, 8.0, 0)
+    noise = torch.Generator().manual_seed(1)
+    for parameter in vcopd.adapter_parameters(model, "policy"):
+        parameter.data += moved * torch.randn(parameter.shape, generator=noise)
+    return vcopd.Policy(model, letter_tokenizer(), torch.tensor(stop_ids), PAD)
+
+
+def ragged_batch(shapes=((3, 4), (9, 1), (5, 6), (2, 3))) -> vcopd.Batch:
+    """Random ids: contexts and completions of these lengths; each ends in its stop token."""
+    rng = torch.Generator().manual_seed(2)
+
+    def ids(count: int) -> list[int]:
+        return torch.randint(AB, len(VOCAB), (count,), generator=rng).tolist()
+
+    contexts = [ids(length) for length, _ in shapes]
+    return vcopd.Batch(contexts, *vcopd.pad([[*ids(n - 1), EOS] for _, n in shapes], PAD))
+
+
+def model_logits(policy: vcopd.Policy, role: tuple[str, ...], ids: list[int]) -> torch.Tensor:
+    """The oracle: one unpadded row through the model's own forward, no cache: (L,) -> (L, V)."""
+    with vcopd.adapters(policy.model, role):
+        return policy.model(torch.tensor([ids])).logits[0]
+
+
+def prefix_logps(policy: vcopd.Policy, role: tuple[str, ...], batch: vcopd.Batch,
+                 temperature: float) -> list[list[float]]:
+    """Log-probs by the slowest road: each token alone after its own prefix."""
+    scores = []
+    for context, row, mask in zip(batch.contexts, batch.completion, batch.mask, strict=True):
+        ids, score = list(context), []
+        for token in row[mask].tolist():
+            probs = (model_logits(policy, role, ids)[-1] / temperature).softmax(-1)
+            score.append(probs[token].log().item())
+            ids.append(token)
+        scores.append(score)
+    return scores
+
+
+def scored(policy: vcopd.Policy, role: tuple[str, ...], batch: vcopd.Batch,
+           temperature: float = 0.8) -> torch.Tensor:
+    """The shipped road from ids to log-probs: (B, T)."""
+    hidden = vcopd.completion_hidden(policy, role, batch)
+    return vcopd.on_tokens(partial(vcopd.token_logps, policy.model, temperature), batch, hidden)
+
+
+def student_terms(policy: vcopd.Policy, batch: vcopd.Batch, temperature: float) -> torch.Tensor:
+    """The shipped log-prob, KL and entropy of the student against the base: (3, B, T)."""
+    hidden = [vcopd.completion_hidden(policy, role, batch) for role in (policy.student, ())]
+    terms = partial(vcopd.token_terms, policy.model, temperature)
+    return vcopd.on_tokens(terms, batch, *hidden)
+
+
+def experience(advantage, logp_old, gap, mask=None) -> vcopd.Experience:
+    """Numbers on paper as the loss wants them."""
+    old, gap = torch.as_tensor(logp_old), torch.as_tensor(gap)
+    mask = torch.ones(old.shape, dtype=torch.bool) if mask is None else mask
+    batch = vcopd.Batch([[EOS]] * len(old), torch.zeros(old.shape, dtype=torch.long), mask)
+    return vcopd.Experience(batch, torch.arange(len(old)), torch.as_tensor(advantage), None,
+                            logp_old=old, gap=gap)
+
+
+def likes_a(example: tasks.Example, answer: str) -> tasks.Verdict:
+    """A verifier that likes a certain token: the share of an answer's six that are `a`."""
+    reward = answer.count("a") / 6
+    return tasks.Verdict(reward, reward > 0.5, True, "ok" if reward > 0.5 else "test: few", {})
+
+
+def toy_examples(count: int, prefix: str = "say") -> list[tasks.Example]:
+    """Prompts of other lengths. Only the hints hold the letter z."""
+    return [tasks.Example(id=f"{prefix}{i}", prompt=f"{prefix} {'e' * (i % 4)}{i}",
+                          reference="aa", hint="z" * (1 + i % 3)) for i in range(count)]
+
+
+def toy_task() -> SimpleNamespace:
+    """All that the method needs to know of a task."""
+    return SimpleNamespace(name="toy", verify=likes_a, train=toy_examples(12),
+                           anchors=toy_examples(6, "old"),
+                           evals={"in_domain": toy_examples(5, "new")})
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """A task whose anchors, too, are judged by `likes_a`."""
+    monkeypatch.setattr(tasks, "verify_skill", likes_a)
+    return toy_task()
+
+
+def fresh_state(policy: vcopd.Policy, cfg: vcopd.Config) -> vcopd.State:
+    """Step 0."""
+    parameters = vcopd.adapter_parameters(policy.model, "policy")
+    return vcopd.State(torch.optim.Adam(parameters, lr=cfg.lr), cfg.kl_coef)
+
+
+def read_by_all(policy: vcopd.Policy, cfg: vcopd.Config, batch: vcopd.Batch | None = None,
+                advantage=(-1.0, 1.0, 0.0, 2.0), examples=None) -> list[vcopd.Experience]:
+    """Micro-batches of rollouts that reference and teacher have read, as in `train_step`."""
+    advantage = torch.tensor(advantage, dtype=policy.model.dtype)
+    parts = vcopd.ask_reference(policy, batch or ragged_batch(), advantage, cfg)
+    for part in parts:
+        part.logp_teacher = vcopd.ask_teacher(policy, part, examples or toy_examples(4), cfg)
+    return parts
+
+
+def loss_and_gradient(policy: vcopd.Policy, parts: list[vcopd.Experience], cfg: vcopd.Config,
+                      replay: vcopd.Batch | None = None) -> tuple[float, torch.Tensor]:
+    """`update` stopped before its optimiser step: the loss that it descends, and the gradient."""
+    values, whole = [], vcopd.total_loss
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vcopd, "total_loss", lambda *a: values.append(whole(*a)) or values[-1])
+        patch.setattr(vcopd, "optimizer_step", lambda optimizer, cfg: 0.0)
+        vcopd.update(policy, parts, replay, fresh_state(policy, cfg), cfg)
+    parameters = vcopd.adapter_parameters(policy.model, "policy")
+    gradient = torch.cat([parameter.grad.flatten() for parameter in parameters])
+    policy.model.zero_grad()
+    return sum(values).item(), gradient
+
+
+def adapter_bytes(policy: vcopd.Policy) -> dict[str, bytes]:
+    """Every adapter weight, to compare bit by bit."""
+    return {name: weight.detach().numpy().tobytes()
+            for name, weight in vcopd.named_adapters(policy.model).items()}
+
+
+def base_digest(policy: vcopd.Policy) -> str:
+    """A fingerprint of everything in the model that is not an adapter."""
+    digest = hashlib.sha256()
+    for name, weight in policy.model.state_dict().items():
+        if "lora_" not in name:
+            digest.update(name.encode() + weight.float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def language(length: int = 2) -> vcopd.Batch:
+    """Every text of `length` over 5 tokens, behind one context: a space small enough to sum."""
+    texts = torch.tensor(list(itertools.product(range(5), repeat=length)))
+    return vcopd.Batch([[1, 3]] * len(texts), texts, torch.ones_like(texts, dtype=torch.bool))
+
+
+def text_logps(policy: vcopd.Policy, role: tuple[str, ...], batch: vcopd.Batch) -> torch.Tensor:
+    """log pi(y) at temperature 1 of each text, by the model's own forward, with gradient."""
+    texts = zip(batch.contexts, batch.completion.tolist(), strict=True)
+    return torch.stack([
+        -F.cross_entropy(model_logits(policy, role, c + y)[len(c) - 1:-1], torch.tensor(y),
+                         reduction="sum") for c, y in texts])
+
+
+BOTH = pytest.mark.parametrize("architecture", ["llama", "opt"])  # rotary, learned positions
+
+# =============================================================================================
+# The page and the code say the same
+# =============================================================================================
+
+
+@pytest.mark.parametrize("number", EQUATIONS)
+def test_every_equation_is_named_on_exactly_one_line_of_code(number):
+    """A reader who searches for `Eq. 5` must land on the line that *is* the equation."""
+    source = io.StringIO(Path(vcopd.__file__).read_text("utf-8"))
+    comments = [token.string for token in tokenize.generate_tokens(source.readline)
+                if token.type == tokenize.COMMENT]
+    assert sum(bool(re.search(rf"# Eq\. {number}\b", text)) for text in comments) == 1
+
+
+def test_every_listed_deviation_is_marked_where_it_happens():
+    """The list in the header may not drift from the code."""
+    listed = vcopd.__doc__.split("Where this differs")[1].split("Shapes:")[0]
+    places = [vcopd.Policy, vcopd.nll_loss, vcopd.group_advantage, vcopd.token_logps]
+    assert all(inspect.getsource(place).count("differs: ") == 1 for place in places)
+    marks = re.findall(r"differs: \w", Path(vcopd.__file__).read_text("utf-8"))
+    marks += re.findall(r"differs: \w", Path(tasks.__file__).read_text("utf-8"))
+    assert len(re.findall(r"^ +\d\. ", listed, re.MULTILINE)) == len(marks)
+
+
+# =============================================================================================
+# Configuration
+# =============================================================================================
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--gap-clipp", "1"], ["--temp", "1"], ["--gate", "sometimes"],
+    ["--method", "rl", "--teacher-coef", "1"], ["--ratio-clip", "-1"], ["--lr", "nan"]])
+def test_an_option_that_would_do_nothing_is_refused(arguments, capsys):
+    """A mistyped or overruled option that is accepted ruins an experiment without a word."""
+    with pytest.raises(SystemExit) as stop:
+        vcopd.read_config(arguments)
+    assert stop.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+# =============================================================================================
+# Sequences
+# =============================================================================================
+
+
+def test_padding_goes_to_the_named_side():
+    """Prompts are padded on the left for sampling, completions on the right for scoring."""
+    ids, mask = vcopd.pad([[7], [8, 9]], value=1)
+    assert ids.tolist() == [[7, 1], [8, 9]]
+    assert mask.tolist() == [[True, False], [True, True]]
+    ids, mask = vcopd.pad([[7], [8, 9]], value=1, left=True)
+    assert ids.tolist() == [[1, 7], [8, 9]]
+    assert mask.tolist() == [[False, True], [True, True]]
+
+
+def test_the_mask_ends_at_the_first_stop_token_even_when_pad_equals_eos():
+    """A mask made by `!= pad` would drop the stop token: the model would never learn to stop."""
+    rows = torch.tensor([[5, 0, 0, 0],   # eos, then pads that are the same id
+                         [0, 0, 0, 0],   # stops at once: length 1, not 0
+                         [5, 6, 7, 0],   # stops at the end
+                         [5, 6, 7, 8]])  # truncated: never stops
+    assert vcopd.stop_mask(rows, torch.tensor([0])).sum(1).tolist() == [2, 1, 4, 4]
+
+
+def test_any_of_several_stop_tokens_ends_a_completion():
+    """Chat models stop at <|eot|> as well as at eos; text after either is not the answer."""
+    rows = torch.tensor([[5, 7, 0, 6], [5, 0, 7, 6]])
+    mask = vcopd.stop_mask(rows, torch.tensor([0, 7]))
+    assert mask.tolist() == [[True, True, False, False]] * 2
+
+
+def test_picking_rows_keeps_order_and_cuts_to_the_longest():
+    """A micro-batch must not pay for the longest answer of another."""
+    batch = ragged_batch()  # completions of 4, 1, 6 and 3 tokens
+    part = batch.rows(torch.tensor([3, 0]))
+    assert part.contexts == [batch.contexts[3], batch.contexts[0]]
+    assert part.mask.sum(1).tolist() == [3, 4]
+    assert torch.equal(part.completion, batch.completion[[3, 0], :4])
+
+
+def test_generators_depend_on_their_name_alone():
+    """Nothing to save at a checkpoint, and nothing that an evaluation could disturb."""
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    first = torch.rand(4, generator=vcopd.seeded("rollouts", 0, 1))
+    assert torch.equal(torch.rand(1), expected)
+    assert torch.equal(torch.rand(4, generator=vcopd.seeded("rollouts", 0, 1)), first)
+    for name in [("rollouts", 0, 2), ("rollouts", 1, 1), ("replay", 0, 1)]:
+        assert not torch.equal(torch.rand(4, generator=vcopd.seeded(*name)), first)
+
+
+# =============================================================================================
+# Roles
+# =============================================================================================
+
+
+@BOTH
+def test_with_adapters_off_the_model_is_the_base_to_the_last_bit(architecture):
+    """pi_0 and pi_ref cost no second copy of the model, so they must be exactly the first."""
+    ids = torch.tensor([[5, 9, 7, 30]])
+    with torch.no_grad():
+        before = tiny_model(architecture)(ids).logits
+        policy = tiny_policy(architecture, moved=0.3)
+        assert torch.equal(policy.model(ids).logits, before)
+        assert not torch.equal(model_logits(policy, policy.student, ids[0].tolist()), before[0])
+
+
+def test_a_new_adapter_is_the_identity():
+    """Training starts at pi_ref: KL is exactly 0 at step 0, not merely small."""
+    policy = tiny_policy()
+    logp, kl, _ = student_terms(policy, ragged_batch(), 0.8)
+    assert kl.count_nonzero() == 0
+    assert torch.equal(logp, scored(policy, vcopd.BASE, ragged_batch()))
+
+
+def test_an_adapter_equals_its_update_merged_into_the_weights():
+    """y = (W + alpha / r B A) x: with rank 4 and alpha 8 the scale is 2."""
+    policy = tiny_policy(moved=0.3)
+    plain = tiny_model()
+    for name, layer in vcopd.lora_layers(policy.model).items():
+        merged = plain.get_submodule(name).weight
+        merged.data += 2 * layer.lora_B["policy"].data @ layer.lora_A["policy"].data
+    ids = [5, 9, 7, 30]
+    expected = plain(torch.tensor([ids])).logits[0]
+    torch.testing.assert_close(model_logits(policy, policy.student, ids), expected,
+                               atol=1e-4, rtol=1e-4)
+
+
+def test_every_linear_layer_of_attention_and_mlp_is_wrapped_and_the_head_is_not():
+    """q, k, v, o, gate, up and down in each of 2 layers."""
+    policy = tiny_policy()
+    assert len(vcopd.lora_layers(policy.model)) == 7 * 2
+    assert type(policy.model.get_output_embeddings()) is torch.nn.Linear
+
+
+def test_only_a_and_b_are_trained():
+    """A base weight in the optimiser would move pi_ref and pi_0 along with the student."""
+    policy = tiny_policy()
+    trained = {id(p) for p in vcopd.adapter_parameters(policy.model, "policy")}
+    open_names = {n for n, p in policy.model.named_parameters() if p.requires_grad}
+    assert {id(p) for p in policy.model.parameters() if p.requires_grad} == trained
+    assert len(trained) == 2 * 14
+    assert all(name.endswith((".lora_A.policy", ".lora_B.policy")) for name in open_names)
+
+
+def test_adapters_are_float32_on_a_bfloat16_base():
+    """bfloat16 has 8 bits of precision: a step of 1e-5 on a weight of 0.1 would vanish."""
+    policy = tiny_policy(dtype=torch.bfloat16)
+    dtypes = {p.dtype for p in vcopd.adapter_parameters(policy.model, "policy")}
+    assert policy.model.dtype == torch.bfloat16
+    assert dtypes == {torch.float32}
+
+
+def test_switching_roles_nests_and_survives_an_exception():
+    """A teacher pass that fails must not leave the student scored without its adapter."""
+    policy = tiny_policy(moved=0.3)
+
+    def logits():
+        return policy.model(torch.tensor([[5, 9]])).logits
+
+    off = logits()
+    with vcopd.adapters(policy.model, policy.student):
+        on = logits()
+        with pytest.raises(KeyboardInterrupt), vcopd.adapters(policy.model, vcopd.BASE):
+            assert torch.equal(logits(), off)
+            raise KeyboardInterrupt
+        assert torch.equal(logits(), on)
+    assert torch.equal(logits(), off)
+    assert not torch.equal(on, off)
+
+
+def test_a_loaded_model_is_frozen_in_evaluation_mode_with_all_its_stop_tokens(tmp_path):
+    """Dropout in a scoring pass makes ratio and KL noise; a forgotten stop id, endless answers."""
+    model = tiny_model("opt", dropout=0.5)
+    model.generation_config.eos_token_id = [EOS, 7]
+    model.save_pretrained(tmp_path)
+    letter_tokenizer().save_pretrained(tmp_path)
+    cfg = vcopd.Config(model=str(tmp_path), device="cpu", dtype="float32")
+    policy = vcopd.load_policy(cfg, SimpleNamespace(name="toy"))
+    assert policy.stop_ids.tolist() == [EOS, 7]
+    once, again = (scored(policy, policy.student, ragged_batch()) for _ in range(2))
+    assert torch.equal(once, again)
+    _, kl, _ = student_terms(policy, ragged_batch(), 0.8)
+    assert kl.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("template", [None, "{{ bos_token }}{% for m in messages %}"
+                                            "{{ m.content }}{% endfor %}:"])
+def test_student_and_teacher_prompts_begin_with_exactly_one_bos(template):
+    """A template that writes BOS and a tokenizer that adds it make two: no model knows that."""
+    policy = replace(tiny_policy(), tokenizer=letter_tokenizer(bos=True, template=template))
+    example = toy_examples(1)[0]
+    for prompt in (example.prompt, tasks.privileged_prompt(example)):
+        ids = policy.encode(prompt)
+        assert ids[0] == BOS
+        assert ids.count(BOS) == 1
+
+
+def test_the_verifier_reads_the_answer_without_stop_token_and_padding():
+    """Answer `ab`, written as the tokens a and b."""
+    a, b = VOCAB.index("a"), VOCAB.index("b")
+    completion = torch.tensor([[a, b, EOS, PAD]])
+    batch = vcopd.Batch([[5]], completion, vcopd.stop_mask(completion, torch.tensor([EOS])))
+    assert tiny_policy().decode(batch) == ["ab"]
+
+
+# =============================================================================================
+# Step 2 - rollouts
+# =============================================================================================
+
+PROBS = torch.tensor([0.05, 0.4, 0.1, 0.3, 0.15])
+
+
+def test_draws_follow_the_declared_probabilities():
+    """50,000 draws at temperature 0.8; four standard errors are at most 0.009."""
+    logits = PROBS.log().expand(50_000, -1)
+    tokens = vcopd.draw(logits, 0.8, 1.0, vcopd.seeded("test"))
+    expected = PROBS ** (1 / 0.8) / (PROBS ** (1 / 0.8)).sum()
+    seen = torch.bincount(tokens, minlength=5) / 50_000
+    assert (seen - expected).abs().max() < 0.009
+
+
+@pytest.mark.parametrize("top_p, nucleus", [(0.01, {1}), (0.39, {1}), (0.41, {1, 3}),
+                                            (0.69, {1, 3}), (0.71, {1, 3, 4}),
+                                            (0.94, {1, 2, 3, 4}), (1.0, {0, 1, 2, 3, 4})])
+def test_the_nucleus_is_the_smallest_set_that_reaches_top_p(top_p, nucleus):
+    """The token that crosses the line belongs to it, and inside the odds stay as they were."""
+    tokens = vcopd.draw(PROBS.log().expand(50_000, -1), 1.0, top_p, vcopd.seeded("test"))
+    assert set(tokens.tolist()) == nucleus
+    inside = torch.tensor([p if i in nucleus else 0 for i, p in enumerate(PROBS)])
+    seen = torch.bincount(tokens, minlength=5) / 50_000
+    assert (seen - inside / inside.sum()).abs().max() < 0.009
+
+
+def test_the_nucleus_agrees_with_the_one_of_transformers():
+    """An independent judge, on 200 random distributions."""
+    from transformers import TopPLogitsWarper
+    logits = 3 * torch.randn(200, 30, generator=vcopd.seeded("logits"))
+    allowed = TopPLogitsWarper(0.9)(None, logits).isfinite()
+    for seed in range(20):
+        tokens = vcopd.draw(logits, 1.0, 0.9, vcopd.seeded("test", seed))
+        assert allowed.gather(1, tokens[:, None]).all()
+
+
+@BOTH
+def test_greedy_answers_with_cache_and_padding_equal_the_plain_argmax_loop(architecture):
+    """Left padding without position ids, or a cache row that went astray, would show here."""
+    policy = tiny_policy(architecture, stop_ids=(EOS, 16, 23, 26), moved=0.3)
+    prompts = [[5], [9, 6, 7, 8, 20, 21, 9], [7, 7, 30], [8, 31, 12, 40]]
+    cfg = replace(TOY, temperature=0.0, max_new_tokens=8)
+    batch = vcopd.sample(policy, policy.student, prompts, 2, cfg, vcopd.seeded("test"))
+    for row, prompt in enumerate(p for p in prompts for _ in range(2)):
+        answer = []
+        while len(answer) < 8 and not set(answer) & set(policy.stop_ids.tolist()):
+            logits = model_logits(policy, policy.student, prompt + answer)[-1]
+            answer.append(int(logits.argmax()))
+        assert batch.completion[row][batch.mask[row]].tolist() == answer
+        assert batch.contexts[row] == prompt
+    assert len(set(batch.mask.sum(1).tolist())) > 1  # rows did end at different times
+
+
+@BOTH
+def test_scoring_a_rollout_reproduces_the_log_probs_it_was_sampled_with(architecture,
+                                                                         monkeypatch):
+    """Sampler and scorer speak of one distribution, token by token, also after rows were dropped.
+
+    This is what makes rho of Eq. 6 a ratio of like and like. (top_p is 1: see --top-p.)
+    """
+    policy = tiny_policy(architecture, stop_ids=(EOS, *range(35, 45)), moved=0.3)
+    draws, draw = [], vcopd.draw
+
+    def spy(logits, *rest):
+        tokens = draw(logits, *rest)
+        declared = torch.distributions.Categorical(logits=logits / 0.8).log_prob(tokens)
+        draws.append(list(zip(tokens.tolist(), declared.tolist(), strict=True)))
+        return tokens
+
+    monkeypatch.setattr(vcopd, "draw", spy)
+    cfg = replace(TOY, temperature=0.8, top_p=1.0)
+    prompts = [[5], [9, 6, 7, 8, 20, 21, 9], [7, 7, 30]]
+    batch = vcopd.sample(policy, policy.student, prompts, 4, cfg, vcopd.seeded("test"))
+    logps = scored(policy, policy.student, batch, 0.8)
+    assert len(set(batch.mask.sum(1).tolist())) > 2
+    for t, step in enumerate(draws):
+        alive = batch.mask[:, t]
+        assert batch.completion[alive, t].tolist() == [token for token, _ in step]
+        declared = torch.tensor([logp for _, logp in step])
+        torch.testing.assert_close(logps[alive, t], declared, atol=1e-4, rtol=1e-4)
+
+
+def test_whole_texts_come_with_the_probability_that_the_model_gives_them():
+    """All 21 texts of a language that stops at token 0 or after two tokens, 50,000 samples.
+
+    Rows that finish are dropped from the batch: that must not change what the others say.
+    The 0.999 quantile of chi-square with 20 degrees of freedom is 45.3.
+    """
+    policy = tiny_policy(vocab=5, stop_ids=(0,), moved=0.3)
+    cfg = replace(TOY, temperature=1.0, top_p=1.0, max_new_tokens=2)
+    batch = vcopd.sample(policy, policy.student, [[1, 3]], 50_000, cfg, vcopd.seeded("test"))
+    texts = language()
+    probs = text_logps(policy, policy.student, texts).exp().view(5, 5)
+    first, second = batch.completion.T
+    table = torch.bincount(5 * first + second * (first != 0), minlength=25).view(5, 5)
+    expected = 50_000 * torch.cat([probs[:1].sum()[None], probs[1:].flatten()])
+    seen = torch.cat([table[0, :1], table[1:].flatten()])
+    assert seen.sum() == 50_000
+    assert ((seen - expected) ** 2 / expected).sum() < 45.3
+
+
+def test_rollouts_are_prompt_major():
+    """Rows i*K .. i*K+K-1 answer prompt i: the order on which the groups of Eq. 2 rely."""
+    cfg = replace(TOY, max_new_tokens=2)
+    batch = vcopd.sample(tiny_policy(), vcopd.BASE, [[5], [6, 7]], 3, cfg, vcopd.seeded("test"))
+    assert batch.contexts == [[5]] * 3 + [[6, 7]] * 3
+
+
+def test_sampling_uses_the_named_role_and_leaves_no_role_on():
+    """Rollouts must come from the student: pi_old is its own distribution, not the base's."""
+    policy = tiny_policy(moved=0.3)
+    cfg = replace(TOY, temperature=0.0)
+    rows = [vcopd.sample(policy, role, [[5]], 1, cfg, None).completion.tolist()
+            for role in (vcopd.BASE, policy.student)]
+    assert rows[0] != rows[1]
+    assert {layer.active for layer in vcopd.lora_layers(policy.model).values()} == {()}
+
+
+# =============================================================================================
+# Scoring
+# =============================================================================================
+
+
+@pytest.mark.parametrize("kind, special", [
+    ("llama", {}), ("gemma2", {"final_logit_softcapping": 5.0, "head_dim": 8})])
+def test_the_head_gives_the_logits_of_the_models_own_forward(kind, special):
+    """Some models cap their logits after the last layer: forgotten, that is another model. Those
+    that do yet other things are refused when they are loaded.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, vocab_size=45, hidden_size=32, intermediate_size=64,
+                                  num_hidden_layers=1, num_attention_heads=4, pad_token_id=PAD,
+                                  num_key_value_heads=4, initializer_range=0.5, **special)
+    model, ids = AutoModelForCausalLM.from_config(config).eval(), torch.tensor([[5, 9, 7]])
+    logits = vcopd.head(model, model.base_model(ids).last_hidden_state)
+    torch.testing.assert_close(logits, model(ids).logits)
+
+
+@BOTH
+@pytest.mark.parametrize("temperature", [0.8, 1.0])
+def test_log_probs_equal_a_loop_over_prefixes(architecture, temperature):
+    """An off-by-one shift would score each token with the distribution of its neighbour.
+
+    First and last token, a completion of length 1 and one behind the longest prompt are all here.
+    """
+    policy, batch = tiny_policy(architecture, moved=0.3), ragged_batch()
+    logps = scored(policy, policy.student, batch, temperature)
+    expected = prefix_logps(policy, policy.student, batch, temperature)
+    for row, mask, score in zip(logps, batch.mask, expected, strict=True):
+        torch.testing.assert_close(row[mask].tolist(), score, atol=1e-4, rtol=1e-4)
+    assert logps[~batch.mask].count_nonzero() == 0
+
+
+def test_scoring_twice_gives_the_same_bits():
+    """Dropout, or any other noise, would make KL positive and ratios wander at step 0."""
+    policy, batch = tiny_policy(moved=0.3), ragged_batch()
+    assert torch.equal(*(scored(policy, policy.student, batch) for _ in range(2)))
+
+
+def test_neither_padding_nor_the_logits_of_the_prompt_enter_the_loss(monkeypatch):
+    """The prompt is given, not chosen; padding does not exist. Loss and gradient ignore both."""
+    policy, batch = tiny_policy(moved=0.3), ragged_batch()
+    cfg = replace(TOY, micro_tokens=10_000)
+    loss, gradient = loss_and_gradient(policy, read_by_all(policy, cfg, batch), cfg)
+
+    other = replace(batch, completion=torch.where(batch.mask, batch.completion, 33))
+    again, same = loss_and_gradient(policy, read_by_all(policy, cfg, other), cfg)
+    assert again == loss
+    assert torch.equal(same, gradient)
+
+    def noise_on_prompts(module, inputs, out):  # the state after the last prompt id stays
+        out.last_hidden_state[:, :1] += 5
+        return out
+
+    policy.model.base_model.register_forward_hook(noise_on_prompts)
+    again, same = loss_and_gradient(policy, read_by_all(policy, cfg, batch), cfg)
+    assert again == loss
+    assert torch.equal(same, gradient)
+
+
+def test_log_probs_are_float32_on_a_bfloat16_base():
+    """In bfloat16 the probabilities of a vocabulary sum to 1 give or take a percent."""
+    policy = tiny_policy(dtype=torch.bfloat16)
+    ids = torch.arange(len(VOCAB))
+    hidden = torch.randn(32, generator=vcopd.seeded("test")).bfloat16().expand(len(ids), -1)
+    logps = vcopd.token_logps(policy.model, 0.8, ids, hidden)
+    assert logps.dtype == torch.float32
+    assert logps.exp().sum().item() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.fixture
+def bare_logits(monkeypatch):
+    """Let hidden states be logits, so that a distribution can be written down."""
+    monkeypatch.setattr(vcopd, "head", lambda model, hidden: hidden)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_token_terms_equal_those_of_torch_distributions(temperature, bare_logits):
+    """An independent judge of log-prob, KL (both direction and size) and entropy."""
+    p, q = 2 * torch.randn(2, 8, 6, generator=vcopd.seeded("test"))
+    ids = torch.arange(8) % 6
+    logp, kl, entropy = vcopd.token_terms(None, temperature, ids, p, q)
+    student = torch.distributions.Categorical(logits=p / temperature)
+    reference = torch.distributions.Categorical(logits=q / temperature)
+    torch.testing.assert_close(logp, student.log_prob(ids))
+    torch.testing.assert_close(kl, torch.distributions.kl_divergence(student, reference))
+    torch.testing.assert_close(entropy, student.entropy())
+    torch.testing.assert_close(vcopd.token_logps(None, temperature, ids, p), logp)
+
+
+def test_entropy_of_certainty_is_zero_and_of_ignorance_log_v(bare_logits):
+    """0 * log 0 is 0, not NaN: neither in the value nor in the gradient."""
+    logits = torch.zeros(2, 6)
+    logits[1, 4] = 1e4
+    logits.requires_grad_()
+    ids = torch.tensor([0, 4])
+    logp, kl, entropy = vcopd.token_terms(None, 1.0, ids, logits, torch.zeros(2, 6))
+    assert entropy.tolist() == pytest.approx([math.log(6), 0])
+    assert kl.tolist() == pytest.approx([0, math.log(6)])
+    (entropy.sum() + kl.sum() + logp.sum()).backward()
+    assert logits.grad.isfinite().all()
+
+
+def test_the_token_kls_of_a_language_sum_to_the_kl_between_its_texts():
+    """All 25 texts of 2 tokens: the exact KL(pi_theta || pi_ref), not its reverse, by summation."""
+    policy, texts = tiny_policy(vocab=5, moved=0.2), language()
+    student = text_logps(policy, policy.student, texts)
+    reference = text_logps(policy, vcopd.BASE, texts)
+    _, kl, entropy = student_terms(policy, texts, 1.0)
+    exact = (student.exp() * (student - reference)).sum()
+    reverse = (reference.exp() * (reference - student)).sum()
+    torch.testing.assert_close((student.exp()[:, None] * kl).sum(), exact)
+    torch.testing.assert_close((student.exp()[:, None] * entropy).sum(),
+                               -(student.exp() * student).sum())
+    assert abs(exact - reverse) > 0.01  # the two directions do differ here
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_chunks_change_neither_values_nor_gradients(chunk, monkeypatch):
+    """14 tokens, in chunks of 1, of 3 and all at once."""
+    policy, batch = tiny_policy(moved=0.3), ragged_batch()
+
+    def values_and_gradients():
+        terms = student_terms(policy, batch, 0.8)
+        (terms * torch.tensor([1.0, 2.0, 3.0])[:, None, None]).sum().backward()
+        gradient = [p.grad.clone() for p in vcopd.adapter_parameters(policy.model, "policy")]
+        policy.model.zero_grad()
+        return terms, gradient
+
+    whole = values_and_gradients()
+    monkeypatch.setattr(vcopd, "CHUNK", chunk)
+    torch.testing.assert_close(values_and_gradients(), whole, atol=1e-4, rtol=1e-4)
+
+
+def test_no_logits_are_kept_for_the_backward_pass():
+    """A chunked loss that retains each chunk saves nothing: 1024 x 150,000 floats are 600 MB."""
+    policy, batch = tiny_policy(moved=0.3), ragged_batch()
+    kept = []
+    hidden = [vcopd.completion_hidden(policy, role, batch) for role in (policy.student, ())]
+    terms = partial(vcopd.token_terms, policy.model, 0.8)
+    with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: kept.append(tensor.shape) or tensor, lambda tensor: tensor):
+        vcopd.on_tokens(terms, batch, *hidden)
+        assert all(len(VOCAB) not in shape for shape in kept)
+        terms(batch.completion[batch.mask], *(h[batch.mask] for h in hidden))  # no checkpoint
+        assert any(len(VOCAB) in shape for shape in kept)  # so the hook does see logits
+
+
+# =============================================================================================
+# Step 3 - verdict
+# =============================================================================================
+
+
+def test_advantages_are_deviations_from_the_group_in_its_own_spread():
+    """(1, 0): mean 0.5, population std 0.5. (1, 0, 0, 0): mean 0.25, std sqrt(3) / 4."""
+    pair = vcopd.group_advantage(torch.tensor([1.0, 0.0]), 2)
+    assert pair.tolist() == pytest.approx([0.5 / 0.5001, -0.5 / 0.5001])
+    four = vcopd.group_advantage(torch.tensor([1.0, 0.0, 0.0, 0.0]), 4)
+    std = math.sqrt(3) / 4 + 1e-4
+    assert four.tolist() == pytest.approx([0.75 / std, *[-0.25 / std] * 3])
+
+
+@pytest.mark.parametrize("value", [0.1, -1.0, 1 / 3])
+@pytest.mark.parametrize("k", [1, 2, 7, 8])
+def test_equal_rewards_give_an_advantage_of_exactly_zero(value, k):
+    """The mean of seven 0.1 need not be 0.1 in float32: the difference is noise, no verdict."""
+    assert vcopd.group_advantage(torch.full((2 * k,), value), k).tolist() == [0.0] * 2 * k
+
+
+def test_each_group_is_judged_alone_and_in_order():
+    """A reshape to (K, P) instead of (P, K) mixes prompts, and nothing else would notice."""
+    reward = torch.tensor([1.0, 0.0, 0.5, 5.0, 5.0, 2.0, -1.0, -3.0, 7.0])
+    whole = vcopd.group_advantage(reward, 3)
+    alone = [vcopd.group_advantage(group, 3) for group in reward.split(3)]
+    torch.testing.assert_close(whole, torch.cat(alone))
+    for order in ([2, 0, 1], [1, 2, 0]):
+        within = (torch.arange(9).view(3, 3)[:, order]).flatten()
+        across = (torch.arange(9).view(3, 3)[order]).flatten()
+        torch.testing.assert_close(vcopd.group_advantage(reward[within], 3), whole[within])
+        torch.testing.assert_close(vcopd.group_advantage(reward[across], 3), whole[across])
+
+
+# =============================================================================================
+# Step 4 - hints
+# =============================================================================================
+
+
+@pytest.mark.parametrize("gate, expected", [("sigmoid", [0.119, 0.5, 0.881]),
+                                            ("success", [0, 0, 1]),
+                                            ("failure", [0.881, 0.5, 0.119]),
+                                            ("none", [1, 1, 1])])
+def test_each_gate_opens_for_the_verdict_it_is_named_after(gate, expected):
+    """Advantages -2, 0 and 2; sigmoid(2) = 0.881."""
+    opened = vcopd.GATES[gate](torch.tensor([-2.0, 0.0, 2.0]))
+    assert opened.tolist() == pytest.approx(expected, abs=1e-3)
+
+
+def test_the_gap_is_positive_where_the_teacher_likes_the_token_more_and_is_clipped():
+    """log 0.5 - log 0.4 = 0.223; log 0.9 - log 0.1 = 2.197, held at 0.5."""
+    teacher = torch.tensor([[0.5, 0.9, 0.1]], requires_grad=True)
+    old = torch.tensor([[0.4, 0.1, 0.9]], requires_grad=True)
+    gap = vcopd.teacher_gap(teacher.log(), old.log(), 0.5)
+    assert gap[0].tolist() == pytest.approx([0.223, 0.5, -0.5], abs=1e-3)
+    assert not gap.requires_grad
+
+
+def test_a_missing_or_misaligned_teacher_stops_the_run():
+    """A log-prob that is missing is not 0.0: that would say the teacher was certain."""
+    terms = torch.zeros(3, 1, 2)
+    part = experience([1.0], [[0.0, 0.0]], [[0.0, 0.0]])
+    for gap in (None, torch.zeros(1, 1), torch.zeros(1, 3)):
+        with pytest.raises((AssertionError, AttributeError)):
+            vcopd.vcopd_loss(terms, replace(part, gap=gap), 0.0, 2, TOY)
+
+
+@pytest.mark.parametrize("gate", sorted(vcopd.GATES))
+def test_a_constant_gap_moves_the_advantage_by_exactly_lambda_times_gate_times_gap(gate):
+    """If anything were normalised after the teacher spoke, a constant would vanish again."""
+    cfg = replace(TOY, teacher_coef=0.2, gate=gate)
+    advantage = torch.tensor([-2.0, 0.0, 2.0])
+    dense = vcopd.dense_advantage(advantage, torch.full((3, 4), 0.3), cfg)
+    moved = 0.2 * vcopd.GATES[gate](advantage) * 0.3
+    torch.testing.assert_close(dense, (advantage + moved)[:, None].expand(3, 4))
+
+
+def test_in_a_tied_group_the_teacher_is_the_only_signal_and_half_open():
+    """A = 0, G = sigmoid(0) = 0.5: the dense advantage is 0.2 * 0.5 * D = D / 10."""
+    advantage = vcopd.group_advantage(torch.full((2,), 0.1), 2)
+    gap = torch.tensor([[0.5, -0.5], [0.1, 0.0]])
+    torch.testing.assert_close(vcopd.dense_advantage(advantage, gap, TOY), gap / 10)
+
+
+@BOTH
+def test_a_teacher_with_the_students_own_prompt_has_no_gap_on_any_token(architecture,
+                                                                        monkeypatch):
+    """Any misalignment of teacher and student shows as a gap that is not exactly 0."""
+    monkeypatch.setattr(tasks, "privileged_prompt", lambda example: example.prompt)
+    policy = tiny_policy(architecture)
+    examples = toy_examples(4)
+    batch = replace(ragged_batch(), contexts=[policy.encode(e.prompt) for e in examples])
+    parts = read_by_all(policy, TOY, batch, examples=examples)
+    loss_and_gradient(policy, parts, TOY)
+    assert sum(int(part.batch.mask.sum()) for part in parts) == 14
+    assert all(part.gap.count_nonzero() == 0 for part in parts)
+
+
+@pytest.mark.parametrize("most", [1, 10_000])
+def test_the_teacher_scores_the_students_very_ids_behind_the_longer_prompt(most):
+    """Decoded and encoded again, the tokens a and b would become one token ab, and every later
+    log-prob would slip by one place. Rows come back in the order of the micro-batches.
+    """
+    policy, examples = tiny_policy(moved=0.3), toy_examples(2)
+    a, b = VOCAB.index("a"), VOCAB.index("b")
+    completion = torch.tensor([[a, b, EOS, PAD], [b, a, b, EOS]])
+    assert policy.tokenizer("ab").input_ids == [AB]
+    mask = vcopd.stop_mask(completion, policy.stop_ids)
+    batch = vcopd.Batch([policy.encode(e.prompt) for e in examples], completion, mask)
+    hinted = replace(batch, contexts=[policy.encode(tasks.privileged_prompt(e))
+                                      for e in examples])
+    expected = prefix_logps(policy, vcopd.BASE, hinted, 0.8)
+    cfg = replace(TOY, micro_tokens=most)
+    parts = read_by_all(policy, cfg, batch, [0.0, 1.0], examples)
+    rows = [(context, logp[kept].tolist(), advantage) for part in parts
+            for context, logp, kept, advantage in zip(part.batch.contexts, part.logp_teacher,
+                                                      part.batch.mask, part.advantage.tolist(),
+                                                      strict=True)]
+    assert len(rows) == 2
+    for context, logp, advantage in rows:
+        row = batch.contexts.index(context)
+        assert advantage == row
+        assert logp == pytest.approx(expected[row], abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["specialist", "stronger"])
+def test_another_teacher_speaks_with_its_own_weights(kind):
+    """A trained adapter, or another model: neither the base nor the student may stand in for it."""
+    policy = tiny_policy(moved=0.3)
+    teacher, role = policy, ("specialist",)
+    if kind == "stronger":
+        teacher, role = tiny_policy("opt"), vcopd.BASE
+        policy.stronger = teacher
+    else:
+        policy.specialist = True
+        vcopd.add_adapter(policy.model, "specialist", 2, 2.0, 5)
+        for weight in vcopd.adapter_parameters(policy.model, "specialist"):
+            weight.data += 0.1
+    batch, examples = ragged_batch(), toy_examples(4)
+    hinted = replace(batch, contexts=[policy.encode(tasks.privileged_prompt(e))
+                                      for e in examples])
+    expected = sum(prefix_logps(teacher, role, hinted, 0.8), [])
+    part, = read_by_all(policy, TOY, batch, examples=examples)
+    order = part.index.argsort()
+    said = part.logp_teacher[order][part.batch.mask[order]].tolist()
+    assert said == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_hint_reaches_the_teacher_and_never_the_student(toy, monkeypatch):
+    """Only hints hold the letter z. A leak would let the student copy what it should learn."""
+    z, seen = VOCAB.index("z"), []
+    policy, scoring = tiny_policy(), vcopd.completion_hidden
+
+    def spy(policy, role, batch):
+        seen.extend((role, z in context) for context in batch.contexts)
+        return scoring(policy, role, batch)
+
+    monkeypatch.setattr(vcopd, "completion_hidden", spy)
+    vcopd.train_step(policy, toy, toy.train[:4], fresh_state(policy, TOY), TOY)
+    hinted = {role for role, has_hint in seen if has_hint}
+    assert hinted == {policy.reference}
+    assert sum(has_hint for _, has_hint in seen) == 16  # each rollout once, not in every epoch
+
+
+# =============================================================================================
+# Step 5 - update
+# =============================================================================================
+
+
+@pytest.mark.parametrize("advantage, ratio, objective, gradient", [
+    (+1, 0.5, 0.5, 0.5), (+1, 1.0, 1.0, 1.0), (+1, 1.5, 1.2, 0.0),
+    (-1, 0.5, -0.8, 0.0), (-1, 1.0, -1.0, -1.0), (-1, 1.5, -1.5, -1.5)])
+def test_the_clip_stops_a_token_that_has_gone_far_enough_and_no_other(advantage, ratio, objective,
+                                                                      gradient):
+    """A good token already 1.2 times as likely, or a bad one 0.8 times, is let be. One that moved
+    the wrong way keeps its full gradient, which is ratio * advantage by the chain rule.
+    """
+    terms = torch.zeros(3, 1, 1)
+    terms[0] = math.log(ratio)
+    terms.requires_grad_()
+    cfg = replace(TOY, ratio_clip=0.2, entropy_coef=0.0)
+    part = experience([float(advantage)], [[0.0]], [[0.0]])
+    loss, info = vcopd.vcopd_loss(terms, part, 0.0, 1, cfg)
+    loss.backward()
+    assert loss.item() == pytest.approx(-objective)
+    assert terms.grad[0].item() == pytest.approx(-gradient)
+    assert info["ratio_clipped"].item() == (gradient == 0)
+
+
+def test_the_stop_token_is_trained_even_when_pad_equals_eos():
+    """An answer that rightly says nothing: eos, then padding of the same id. One good verdict and
+    one update must make that eos likelier, and count one token of the row, not three.
+    """
+    policy, cfg = replace(tiny_policy(), pad_id=EOS), replace(TOY, teacher_coef=0.0)
+    rows = torch.tensor([[EOS, EOS, EOS], [9, 10, EOS]])
+    batch = vcopd.Batch([[5, 6], [7, 8]], rows, vcopd.stop_mask(rows, policy.stop_ids))
+    parts = read_by_all(policy, cfg, batch, (1.0, 0.0))
+    before = model_logits(policy, policy.student, [5, 6])[-1].softmax(-1)[EOS]
+    vcopd.update(policy, parts, None, fresh_state(policy, cfg), cfg)
+    assert model_logits(policy, policy.student, [5, 6])[-1].softmax(-1)[EOS] > before
+    assert sum(int(part.batch.mask.sum()) for part in parts) == 1 + 3
+
+
+def test_a_worked_example_on_paper():
+    """Two rollouts of two tokens. Rewards 1 and 0, so A = (1, -1) and G = (0.731, 0.269).
+
+    The student gave each token 1/4. The teacher gives 1/2 to the first of each row (D = log 2 =
+    0.693, held at 0.5) and 1/5 to the second (D = log 0.8 = -0.223). With lambda = 0.2:
+
+        A_dense    1 + 0.2 * 0.731 * 0.5 =  1.073     1 - 0.2 * 0.731 * 0.223 =  0.967
+                  -1 + 0.2 * 0.269 * 0.5 = -0.973    -1 - 0.2 * 0.269 * 0.223 = -1.012
+
+    On-policy the loss is minus their mean, -0.0138. Later rho is 1.5 and 0.5 on the first tokens:
+
+        min(1.5 * 1.073, 1.2 * 1.073) = 1.288    min(0.5 * -0.973, 0.8 * -0.973) = -0.778
+
+        L_policy = -(1.288 + 0.967 - 0.778 - 1.012) / 4 = -0.116
+        L        = -0.116 + 0.1 * 0.03 - 0.001 * 2      = -0.115    (beta 0.1, KL 0.03, H 2)
+        L_total  = 0.9 * -0.115 + 0.1 * 2               =  0.096    (r 0.1, replay NLL 2)
+    """
+    cfg = replace(TOY, teacher_coef=0.2, gap_clip=0.5, ratio_clip=0.2, entropy_coef=0.001)
+    advantage = vcopd.group_advantage(torch.tensor([1.0, 0.0]), 2)
+    assert advantage.tolist() == pytest.approx([1, -1], abs=1e-3)
+    old = torch.full((2, 2), 1 / 4).log()
+    gap = vcopd.teacher_gap(torch.tensor([[1 / 2, 1 / 5]] * 2).log(), old, cfg.gap_clip)
+    assert gap[0].tolist() == pytest.approx([0.5, -0.223], abs=1e-3)
+    dense = vcopd.dense_advantage(advantage, gap, cfg)
+    assert dense.flatten().tolist() == pytest.approx([1.073, 0.967, -0.973, -1.012], abs=1e-3)
+
+    part, zero = experience(advantage, old, gap), torch.zeros(2, 2)
+    on_policy, _ = vcopd.vcopd_loss(torch.stack([old, zero, zero]), part, 0.1, 4, cfg)
+    assert on_policy.item() == pytest.approx(-0.0138, abs=5e-4)
+
+    later = old + torch.tensor([[1.5, 1.0], [0.5, 1.0]]).log()
+    terms = torch.stack([later, torch.full((2, 2), 0.03), torch.full((2, 2), 2.0)])
+    loss, info = vcopd.vcopd_loss(terms, part, 0.1, 4, cfg)
+    assert info["policy_loss"].item() == pytest.approx(-0.116, abs=1e-3)
+    assert info["ratio_clipped"].item() == 0.5
+    assert loss.item() == pytest.approx(-0.115, abs=1e-3)
+    assert vcopd.total_loss(loss, 2.0, 0.1).item() == pytest.approx(0.096, abs=1e-3)
+
+
+def test_at_step_0_the_loss_is_about_zero_but_its_gradient_is_not():
+    """"Why is my loss 0?": rho is 1 and the advantages of equally long rollouts cancel."""
+    policy = tiny_policy()
+    cfg = replace(TOY, teacher_coef=0.0, entropy_coef=0.0)
+    completion = torch.randint(AB, len(VOCAB), (4, 5), generator=vcopd.seeded("test"))
+    batch = vcopd.Batch([[5, 6]] * 4, completion, torch.ones_like(completion, dtype=torch.bool))
+    advantage = vcopd.group_advantage(torch.tensor([1.0, 0.0, 0.0, 0.0]), 4).tolist()
+    loss, gradient = loss_and_gradient(policy, read_by_all(policy, cfg, batch, advantage), cfg)
+    assert abs(loss) < 1e-6
+    assert gradient.norm() > 0.1
+
+
+def test_the_policy_gradient_is_that_of_the_expected_reward():
+    """Summed over all 25 texts with their probabilities, Eq. 7 must climb E[R] itself.
+
+    This settles sign, shift and log-derivative at once.
+    """
+    policy, texts = tiny_policy(vocab=5, moved=0.2), language()
+    reward = torch.randn(25, generator=vcopd.seeded("reward"))
+    parameters = vcopd.adapter_parameters(policy.model, "policy")
+    probs = text_logps(policy, policy.student, texts).exp()
+    climb = torch.autograd.grad((probs * reward).sum(), parameters)
+
+    terms = student_terms(policy, texts, 1.0)
+    part = experience((probs * reward).detach(), terms[0].detach(), torch.zeros(25, 2))
+    loss, _ = vcopd.vcopd_loss(terms, part, 0.0, 1, replace(TOY, entropy_coef=0.0))
+    descend = torch.autograd.grad(loss, parameters)
+    torch.testing.assert_close(descend, [-g for g in climb], atol=1e-5, rtol=1e-3)
+
+
+FULL = replace(TOY, kl_coef=0.5, entropy_coef=0.1, teacher_coef=1.0, gap_clip=0.5)
+
+
+@pytest.mark.parametrize("cfg", [
+    pytest.param(FULL, id="whole loss"),
+    pytest.param(replace(FULL, gate="none", gap_clip=9.0, ratio_clip=0.05), id="strong teacher"),
+    pytest.param(replace(FULL, kl_coef=9.0), id="kl")])
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_autograd_agrees_with_finite_differences_of_the_whole_loss(cfg, epoch, monkeypatch):
+    """A, D, the gate and pi_old are constants: a gradient through one of them shows here, and so
+    does a KL without gradient. In float64, on one entry of an A and one of a B.
+    """
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    policy = tiny_policy("opt", moved=0.1)
+    policy.model.double()  # the adapters too
+    replay = vcopd.Batch([[7, 8]], torch.tensor([[9, 10, EOS]]), torch.ones(1, 3) > 0)
+    parts = read_by_all(policy, cfg)
+    _, gradient = loss_and_gradient(policy, parts, cfg, replay)  # fills in pi_old and D
+    parameters = vcopd.adapter_parameters(policy.model, "policy")
+    if epoch == 2:  # off-policy: some ratios are clipped
+        for i, parameter in enumerate(parameters):
+            parameter.data += 0.02 * torch.randn(parameter.shape, generator=vcopd.seeded(i))
+        _, gradient = loss_and_gradient(policy, parts, cfg, replay)
+    sizes = [parameter.numel() for parameter in parameters]
+    for parameter, slopes in list(zip(parameters, gradient.split(sizes), strict=True))[:2]:
+        steepest, losses = slopes.abs().argmax(), []
+        for step in (1e-6, -2e-6):
+            parameter.data.view(-1)[steepest] += step
+            losses.append(loss_and_gradient(policy, parts, cfg, replay)[0])
+        parameter.data.view(-1)[steepest] += 1e-6
+        slope = (losses[0] - losses[1]) / 2e-6
+        assert slopes[steepest].item() == pytest.approx(slope, rel=1e-5)
+
+
+def test_splitting_into_micro_batches_changes_neither_loss_nor_gradient():
+    """Means of means would weigh a short answer's tokens more. One row at a time, or all."""
+    policy = tiny_policy(moved=0.2)
+    whole, split = (replace(FULL, micro_tokens=most) for most in (10_000, 1))
+    parts = read_by_all(policy, split)
+    assert (len(read_by_all(policy, whole)), len(parts)) == (1, 4)
+    torch.testing.assert_close(loss_and_gradient(policy, parts, split, ragged_batch()),
+                               loss_and_gradient(policy, read_by_all(policy, whole), whole,
+                                                 ragged_batch()))
+
+
+@pytest.mark.parametrize("most", [1, 12, 22, 40])
+@pytest.mark.parametrize("shapes", [[(3, 4), (9, 1), (5, 6), (2, 3)],
+                                    [(10, 1), (1, 10), (9, 2), (2, 9)]])
+def test_micro_batches_hold_every_row_once_and_the_model_never_sees_more_tokens(most, shapes):
+    """The limit is there for memory: it must bound what really goes through the model, also when
+    the longest prompt and the longest answer stand in different rows.
+    """
+    policy, batch, seen = tiny_policy(), ragged_batch(shapes=shapes), []
+    policy.model.base_model.register_forward_pre_hook(
+        lambda module, inputs, options: seen.append(inputs[0].numel()), with_kwargs=True)
+    groups = vcopd.micro_batches(batch, most)
+    assert sorted(torch.cat(groups).tolist()) == [0, 1, 2, 3]
+    for index in groups:
+        vcopd.completion_hidden(policy, vcopd.BASE, batch.rows(index))
+    assert all(tokens <= most or len(index) == 1
+               for tokens, index in zip(seen, groups, strict=True))
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def test_nothing_under_the_mask_can_poison_the_loss(poison):
+    """NaN * 0 is NaN: a masked value must be left out, not multiplied away."""
+    policy, batch = tiny_policy(moved=0.2), ragged_batch()
+    hidden = vcopd.completion_hidden(policy, policy.student, batch)
+    hidden = torch.where(batch.mask[..., None], hidden, poison)
+    terms = partial(vcopd.token_terms, policy.model, 0.8)
+    logp, kl, entropy = vcopd.on_tokens(terms, batch, hidden, hidden.detach() * 0.9)
+    bad = torch.where(batch.mask, logp.detach(), poison)
+    part = experience([1.0, -1.0, 0.5, 2.0], bad, torch.where(batch.mask, 0.1, poison), batch.mask)
+    loss, info = vcopd.vcopd_loss(torch.stack([logp, kl, entropy]), part, 0.1, 14, TOY)
+    loss.backward()
+    gradients = [p.grad for p in vcopd.adapter_parameters(policy.model, "policy")]
+    assert loss.isfinite()
+    assert all(value.isfinite() for value in info.values())
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_on_a_bfloat16_base_the_ratio_of_the_first_epoch_is_exactly_one(toy):
+    """With a clip range of 0, a single rounding error between pi_old and pi_theta would count."""
+    policy = tiny_policy(dtype=torch.bfloat16, moved=0.1)
+    cfg = replace(TOY, epochs=1, ratio_clip=0.0)
+    metrics, _ = vcopd.train_step(policy, toy, toy.train[:4], fresh_state(policy, cfg), cfg)
+    assert metrics["ratio_clipped"] == 0
+
+
+# =============================================================================================
+# The adaptive KL coefficient
+# =============================================================================================
+
+
+def test_the_guard_tightens_above_the_target_and_relaxes_below():
+    """Times 1.2 or times 0.95, and held between 1e-4 and 10."""
+    cfg = replace(TOY, kl_target=0.03)
+    assert vcopd.adapt_kl_coef(0.01, 0.031, cfg) == pytest.approx(0.012)
+    assert vcopd.adapt_kl_coef(0.01, 0.030, cfg) == pytest.approx(0.0095)
+    assert vcopd.adapt_kl_coef(10.0, 1.0, cfg) == 10.0
+    assert vcopd.adapt_kl_coef(1e-4, 0.0, cfg) == 1e-4
+
+
+def test_the_guard_stands_still_when_22_percent_of_updates_exceed_the_target():
+    """So the *average* KL settles below the target: what to expect when reading a log."""
+    def after(exceeding: int) -> float:
+        kl_coef = 1.0
+        for i in range(100):
+            kl_coef = vcopd.adapt_kl_coef(kl_coef, i * exceeding % 100 < exceeding, TOY)
+        return kl_coef
+
+    assert after(22) == pytest.approx(1, abs=0.05)
+    assert after(20) < 0.7 < 1.4 < after(24)
+
+
+# =============================================================================================
+# Step 6 - replay
+# =============================================================================================
+
+
+def test_replay_keeps_the_best_by_verdict_and_among_equals_the_most_confident(toy, monkeypatch):
+    """Six anchors, half kept: the two that pass, then the likeliest of those that fail."""
+    policy, kept_ids = tiny_policy(moved=0.2), []
+    monkeypatch.setattr(tasks, "verify_skill", lambda example, answer: tasks.Verdict(
+        float(example.id in ("old1", "old4")), True, True, "ok", {}))
+    every = vcopd.refresh_replay(policy, toy.anchors, 0, 0, replace(TOY, replay_keep=1.0))
+    pool = vcopd.refresh_replay(policy, toy.anchors, 0, 0, TOY)
+    names = {tuple(policy.encode(e.prompt)): e.id for e in toy.anchors}
+    kept_ids = [names[tuple(context)] for context in pool.contexts]
+    confidence = {names[tuple(context)]: sum(row) / len(row) for context, row in zip(
+        every.contexts, prefix_logps(policy, policy.student, every, 0.8), strict=True)}
+    rest = {name: value for name, value in confidence.items() if name not in ("old1", "old4")}
+    assert len(rest) == 4
+    assert set(kept_ids) == {"old1", "old4", max(rest, key=rest.get)}
+
+
+@pytest.mark.parametrize("rows, share", [(16, 0.1), (64, 0.1), (64, 0.2), (512, 0.15)])
+def test_replay_is_its_share_of_the_batch(rows, share):
+    """r of all rows, new and old, give or take the rounding of one row."""
+    state = vcopd.State(None, 0.01, replay=ragged_batch())
+    drawn = vcopd.draw_replay(state, rows, 0, replace(TOY, replay_share=share))
+    count = len(drawn.contexts)
+    assert abs(count - share * (rows + count)) <= 0.5
+
+
+def test_replay_is_the_plain_likelihood_that_transformers_computes():
+    """No PPO ratio: its pi_old would be many steps old. The judge is the model's own loss."""
+    policy, batch = tiny_policy(moved=0.3), ragged_batch()
+    ids, seen = vcopd.pad([c + y[m].tolist() for c, y, m in zip(
+        batch.contexts, batch.completion, batch.mask, strict=True)], PAD)
+    labels = ids.masked_fill(~seen, -100)
+    for row, context in enumerate(batch.contexts):
+        labels[row, :len(context)] = -100
+    with vcopd.adapters(policy.model, policy.student):
+        expected = policy.model(ids, attention_mask=seen.long(), labels=labels).loss
+    loss = vcopd.nll_loss(policy, policy.student, batch, 1.0, int(batch.mask.sum()))
+    torch.testing.assert_close(loss, expected)
+
+
+# =============================================================================================
+# One training step
+# =============================================================================================
+
+
+def test_training_makes_the_verifier_happier(toy):
+    """The whole method in a second: the share of the liked token rises."""
+    policy = tiny_policy()
+    cfg = replace(TOY, rollouts=8, lr=0.02)
+    state, rewards = fresh_state(policy, cfg), []
+    for _ in range(12):
+        examples = vcopd.examples_at(toy, state.step, cfg)
+        metrics, _ = vcopd.train_step(policy, toy, examples, state, cfg)
+        state.step += 1
+        rewards.append(metrics["reward"])
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.2
+
+
+def test_training_leaves_the_base_untouched(toy):
+    """pi_0 and pi_ref are the same weights as the student's: one stray write moves all roles."""
+    policy = tiny_policy()
+    before, adapter = base_digest(policy), adapter_bytes(policy)
+    state = fresh_state(policy, TOY)
+    for _ in range(3):
+        vcopd.train_step(policy, toy, toy.train[:4], state, TOY)
+    assert base_digest(policy) == before
+    assert adapter_bytes(policy) != adapter
+
+
+def after_two_steps(task, cfg: vcopd.Config) -> dict[str, bytes]:
+    """The student's weights after two steps from the start."""
+    policy = tiny_policy()
+    state = fresh_state(policy, cfg)
+    for _ in range(2):
+        vcopd.train_step(policy, task, vcopd.examples_at(task, state.step, cfg), state, cfg)
+        state.step += 1
+    return adapter_bytes(policy)
+
+
+@functools.cache
+def usual_two_steps(cfg: vcopd.Config) -> dict[str, bytes]:
+    """The run that every option is compared with, computed once."""
+    return after_two_steps(toy_task(), cfg)
+
+
+@pytest.mark.parametrize("option, value", [
+    ("temperature", 1.3), ("top_p", 0.3), ("max_new_tokens", 3), ("rollouts", 2), ("seed", 1),
+    ("teacher", "none"), ("teacher_coef", 0.5), ("gap_clip", 0.1), ("gate", "success"),
+    ("gate", "failure"), ("gate", "none"), ("lr", 2e-2), ("epochs", 1), ("ratio_clip", 0.01),
+    ("kl_coef", 1.0), ("kl_target", 9.0), ("entropy_coef", 0.1), ("max_grad_norm", 0.01),
+    ("replay_share", 0.5), ("replay_every", 1), ("replay_keep", 0.2), ("method", "opd")])
+def test_every_option_of_the_method_changes_the_update(option, value, toy):
+    """An option that is accepted and does nothing makes an ablation that shows nothing."""
+    usual = replace(TOY, ratio_clip=0.05, kl_target=1e-4)
+    changed = replace(usual, **{option: value})
+    assert after_two_steps(toy_task(), changed) != usual_two_steps(usual)
+
+
+def test_the_same_seed_gives_the_same_student_bit_by_bit(toy):
+    """Else no result could be repeated, and the test above would pass for any option."""
+    assert after_two_steps(toy, TOY) == after_two_steps(toy, TOY)
+
+
+def test_every_step_and_every_seed_draws_its_own_answers(toy):
+    """A generator that is started anew with one seed would sample the same answers for ever."""
+    policy, written = tiny_policy(), []
+    for step, seed in [(0, 0), (1, 0), (0, 1)]:
+        cfg = replace(TOY, seed=seed, lr=0.0)  # nobody learns
+        state = replace(fresh_state(policy, cfg), step=step)
+        _, samples = vcopd.train_step(policy, toy, toy.train[:1], state, cfg)
+        written.append(tuple(record["answer"] for record in samples))
+    assert len(set(written)) == 3
+
+
+def test_each_epoch_takes_one_optimiser_step_on_the_whole_batch(toy):
+    """Micro-batches only split the work: 4 rollouts one at a time, 3 epochs, 3 steps."""
+    policy = tiny_policy()
+    cfg = replace(TOY, prompts=1, epochs=3, micro_tokens=1)
+    state = fresh_state(policy, cfg)
+    vcopd.train_step(policy, toy, toy.train[:1], state, cfg)
+    assert {int(entry["step"]) for entry in state.optimizer.state.values()} == {3}
+
+
+def test_answers_that_stop_at_once_have_length_one(toy):
+    """Every token is a stop token here: nothing divides by zero, and the stop itself is trained."""
+    policy = tiny_policy(stop_ids=range(len(VOCAB)))
+    before = adapter_bytes(policy)
+    metrics, _ = vcopd.train_step(policy, toy, toy.train[:4], fresh_state(policy, TOY), TOY)
+    assert metrics["tokens"] == 16
+    assert metrics["truncated"] == 0
+    assert math.isfinite(metrics["policy_loss"])
+    assert adapter_bytes(policy) != before
+
+
+def test_truncated_answers_are_counted():
+    """An answer cut at max_new_tokens is not finished; when many are, the limit is too low."""
+    rows = torch.tensor([[5, EOS, EOS], [5, 6, 7], [5, 6, EOS], [7, 6, 5]])
+    batch = vcopd.Batch([[5]] * 4, rows, vcopd.stop_mask(rows, torch.tensor([EOS])))
+    verdicts = [likes_a(None, "")] * 4
+    assert vcopd.rollout_metrics(batch, verdicts, tiny_policy())["truncated"] == 0.5
+
+
+def test_tied_groups_are_counted_and_still_learn_from_the_teacher(toy):
+    """A verifier without an opinion: no verdict anywhere, but hints still move the student."""
+    toy.verify = lambda example, answer: tasks.Verdict(0.1, False, True, "test", {})
+    cfg = replace(TOY, replay_share=0.0, entropy_coef=0.0, kl_coef=0.0, epochs=1)
+    policy = tiny_policy()
+    before = adapter_bytes(policy)
+    metrics, _ = vcopd.train_step(policy, toy, toy.train[:4], fresh_state(policy, cfg), cfg)
+    assert metrics["tied_rollouts"] == 1
+    assert metrics["gap_tied"] > 0
+    assert metrics["teacher_share"] == pytest.approx(1)
+    assert adapter_bytes(policy) != before
+
+
+def test_reinforcement_learning_never_asks_the_teacher(toy, monkeypatch):
+    """The baseline differs in one number, and does not pay for what it does not use."""
+    monkeypatch.setattr(tasks, "privileged_prompt", None)  # calling it would raise
+    cfg = replace(TOY, method="rl", **vcopd.METHODS["rl"])
+    policy = tiny_policy()
+    metrics, _ = vcopd.train_step(policy, toy, toy.train[:4], fresh_state(policy, cfg), cfg)
+    assert metrics["teacher_share"] == 0
+
+
+def test_blind_distillation_is_blind_to_the_verdict(toy):
+    """Two verifiers that disagree lead to the same student, bit by bit."""
+    cfg = replace(TOY, method="opd", **vcopd.METHODS["opd"])
+    students = []
+    for sign in (1, -1):
+        toy.verify = lambda example, answer, sign=sign: replace(
+            likes_a(example, answer), reward=float(sign * len(answer)))
+        policy = tiny_policy()
+        vcopd.train_step(policy, toy, toy.train[:4], fresh_state(policy, cfg), cfg)
+        students.append(adapter_bytes(policy))
+    assert students[0] == students[1]
+
+
+def test_a_verifier_may_speak_in_whole_numbers(toy):
+    """A fork's first verifier returns 1 or -1, not 1.0 or -1.0."""
+    toy.verify = lambda example, answer: tasks.Verdict(1 if "a" in answer else -1, True, True,
+                                                       "ok", {})
+    policy = tiny_policy()
+    metrics, _ = vcopd.train_step(policy, toy, toy.train[:4], fresh_state(policy, TOY), TOY)
+    assert -1 < metrics["reward"] < 1
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_the_step():
+    """A NaN in Adam's moments never leaves again; skipping the batch in silence hides the cause."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.Adam([weight])
+    weight.grad = torch.tensor([1.0, math.nan])
+    with pytest.raises(vcopd.RunError):
+        vcopd.optimizer_step(optimizer, TOY)
+    assert weight.tolist() == [1, 1]
+
+
+# =============================================================================================
+# Supervised fine-tuning and Step 1
+# =============================================================================================
+
+
+def test_imitation_learns_the_reference_and_where_it_ends(toy):
+    """The reference `aa` becomes a, a and the stop token; the likelihood of all three rises."""
+    policy = tiny_policy()
+    batch = vcopd.reference_batch(policy, toy.train[:2])
+    a = VOCAB.index("a")
+    assert batch.completion.tolist() == [[a, a, EOS]] * 2
+    assert batch.mask.all()
+    before = scored(policy, policy.student, batch, 1.0)
+    state = fresh_state(policy, TOY)
+    for _ in range(5):
+        vcopd.sft_step(policy, toy, toy.train[:2], state, TOY)
+    assert (scored(policy, policy.student, batch, 1.0) > before).all()
+
+
+def test_step_1_trains_its_own_adapter_which_then_stays_and_anchors_the_kl(toy):
+    """Measured against the model before Step 1, the guard would fight the format just learnt."""
+    policy = tiny_policy()
+    policy_before = adapter_bytes(policy)
+    vcopd.train_format(policy, toy, TOY)
+    formatted = adapter_bytes(policy)
+    assert policy.reference == ("format",)
+    assert policy.student == ("format", "policy")
+    assert policy_before.items() <= formatted.items()  # the policy adapter did not move
+    assert all(p.grad is None for p in vcopd.adapter_parameters(policy.model, "policy"))
+    layers = vcopd.lora_layers(policy.model).values()
+    assert all(layer.lora_B["format"].count_nonzero() for layer in layers)
+    with torch.no_grad():
+        movement = vcopd.movement(policy, policy.student, policy.reference, [ragged_batch()])
+        from_base = vcopd.movement(policy, policy.student, vcopd.BASE, [ragged_batch()])
+    assert movement[0] == 0 < from_base[0]
+    for epochs in (1, 2):
+        cfg = replace(TOY, epochs=epochs)
+        metrics, _ = vcopd.train_step(policy, toy, toy.train[:4], fresh_state(policy, cfg), cfg)
+        assert (metrics["kl"] == 0) == (epochs == 1)
+    after = adapter_bytes(policy)
+    assert {n for n in after if after[n] != formatted[n]} == set(policy_before)
+
+
+# =============================================================================================
+# The loop, evaluation, checkpoints, export
+# =============================================================================================
+
+
+def test_every_pass_over_the_data_sees_each_example_once_in_a_new_order(toy):
+    """12 examples, 4 a step: three steps are a pass."""
+    passes = [[e.id for step in range(3 * i, 3 * i + 3) for e in vcopd.examples_at(toy, step, TOY)]
+              for i in range(2)]
+    assert sorted(passes[0]) == sorted(passes[1]) == sorted(e.id for e in toy.train)
+    assert passes[0] != passes[1]
+
+
+def run_steps(policy: vcopd.Policy, toy, state: vcopd.State, out: Path, **options) -> list[dict]:
+    """The shipped loop; returns its metrics."""
+    vcopd.train(policy, toy, state, out, replace(TOY, **options))
+    lines = (out / "metrics.jsonl").read_text("utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_looking_at_held_out_problems_does_not_change_training(toy, tmp_path):
+    """An evaluation that draws from training's generator makes every result depend on how often
+    one looked.
+    """
+    runs = []
+    for eval_every in (1, 100):
+        out = tmp_path / str(eval_every)
+        out.mkdir()
+        policy = tiny_policy()
+        metrics = run_steps(policy, toy, fresh_state(policy, TOY), out, eval_every=eval_every)
+        looked = [line.pop("eval_pass", None) is not None for line in metrics]
+        assert looked == [eval_every == 1] * 6
+        runs.append((metrics, adapter_bytes(policy)))
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("step_1", [False, True])
+def test_three_steps_then_a_new_process_then_three_more_are_six_steps_bit_by_bit(
+        step_1, toy, tmp_path):
+    """Optimiser moments, beta, the replay pool, the format adapter, the data order: all resume."""
+    def start(out: Path) -> tuple[vcopd.Policy, vcopd.State]:
+        out.mkdir()
+        policy = tiny_policy()
+        if step_1:
+            vcopd.train_format(policy, toy, TOY)
+        return policy, fresh_state(policy, TOY)
+
+    straight, state = start(tmp_path / "straight")
+    expected = run_steps(straight, toy, state, tmp_path / "straight")
+
+    first, state = start(tmp_path / "resumed")
+    run_steps(first, toy, state, tmp_path / "resumed", steps=3)
+    second = tiny_policy()  # knows nothing of the first
+    state = fresh_state(second, TOY)
+    vcopd.load_checkpoint(tmp_path / "resumed" / "checkpoint", second, state, TOY)
+    assert (state.step, second.reference) == (3, first.reference)
+    assert run_steps(second, toy, state, tmp_path / "resumed") == expected
+    assert adapter_bytes(second) == adapter_bytes(straight)
+
+
+def test_resuming_from_nothing_says_so(tmp_path):
+    """Starting anew in silence would be taken for a continued run."""
+    policy = tiny_policy()
+    with pytest.raises(vcopd.RunError, match="resum"):
+        vcopd.load_checkpoint(tmp_path, policy, fresh_state(policy, TOY), TOY)
+
+
+@BOTH
+@pytest.mark.parametrize("step_1", [False, True])
+def test_the_exported_adapter_is_the_student_in_peft(architecture, step_1, toy, tmp_path):
+    """Both adapters go out as one of summed rank, with their scales: same logits, or no export."""
+    peft = pytest.importorskip("peft")
+    policy = tiny_policy(architecture, moved=0.1)
+    if step_1:
+        vcopd.train_format(policy, toy, TOY)
+    vcopd.export_adapter(tmp_path, policy)
+    exported = peft.PeftModel.from_pretrained(tiny_model(architecture), tmp_path)
+    ids = [5, 9, 7, 30]
+    expected = model_logits(policy, policy.student, ids)
+    torch.testing.assert_close(exported(torch.tensor([ids])).logits[0], expected,
+                               atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(model_logits(policy, vcopd.BASE, ids), expected, atol=1e-2)
+
+
+# =============================================================================================
+# The judge: what hostile candidates try, by group, and what must be left of it
+# =============================================================================================
+
+ADDITION = [([2, 3], 5), ([10, -4], 6), ([0, 0], 0), ([-7, 7], 0), ([1, 10**30], 10**30 + 1)]
+HONEST = "def f(a, b):\n    return a + b\n"
+ADDING_SCRIPT = """
+def check(candidate):
+    assert candidate(2, 3) == 5
+    assert candidate(10, -4) == 6
+    assert candidate(0, 0) == 0
+"""
+
+
+@functools.cache
+def sandboxed() -> bool:
+    return "seccomp" in tasks.judge_layers()
+
+
+def run_tests(*job) -> str:
+    if not sandboxed():
+        pytest.skip("this machine has no seccomp filter")
+    return tasks.run_tests(*job)
+
+
+def verdict(code: str, seconds: float = 0.5) -> str:
+    """The reason why `code` is not an addition; attacks cost at most `seconds`."""
+    return run_tests(code, "f", ADDITION, False, seconds)
+
+
+def script_verdict(code: str, script: str = ADDING_SCRIPT) -> str:
+    if not sandboxed():
+        pytest.skip("this machine has no seccomp filter")
+    return tasks.run_script(code, "f", script, seconds=0.5)
+
+
+def value_verdict(body: str, expected: object, from_json: bool = False) -> str:
+    """Whether `f`, with no arguments and this body, returns `expected`."""
+    return run_tests(f"def f():\n    {body}\n", "f", [([], expected)], from_json)
+
+
+def descendants() -> list[str]:
+    """`ps` lines of all processes below this one, but for `ps` itself."""
+    lines = subprocess.run(["ps", "-eo", "pid,ppid,stat,args"], capture_output=True, text=True)
+    rows = [line.split(None, 3) for line in lines.stdout.splitlines()[1:]]
+    family = {str(os.getpid())}
+    for _ in range(4):
+        family |= {row[0] for row in rows if row[1] in family}
+    return [" ".join(row) for row in rows if row[1] in family and row[3:4] != ["ps"]]
+
+
+def assert_unharmed() -> None:
+    """Only servers are left below us (at most two processes per core), no zombie, and an honest
+    check passes on each of them."""
+    left = [row for row in descendants() if "ps -eo" not in row]
+    assert len(left) <= 2 * tasks.pool().maxsize, left
+    assert not [row for row in left if row.split()[2].startswith("Z")], left
+    with ThreadPoolExecutor(tasks.pool().maxsize) as threads:
+        assert set(threads.map(verdict, [HONEST] * 4)) == {""}
+
+
+# Honest code
+
+
+@pytest.mark.parametrize(
+    "expected",
+    [
+        None,
+        True,
+        -(7**9000),
+        0.1 + 0.2,
+        -0.0,
+        math.inf,
+        1e-320,
+        2 - 3j,
+        b"\x00\xff",
+        "snow \u2603 \U0001f600 \ud800",
+        [],
+        (1, [2, (3,)], {4: {5}}),
+        {3, "a", (1, 2), frozenset({1})},
+        {1: "one", None: [], (2, 3): {"x": 1.5}},
+        {},
+        set(),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_every_builtin_value_survives_the_journey_both_ways(expected):
+    """Arguments go in and come back unchanged: digits, order, types, surrogates."""
+    assert run_tests("def f(x):\n    return x\n", "f", [([expected], expected)]) == ""
+
+
+@pytest.mark.parametrize(
+    "body, expected, from_json, reason",
+    [
+        ("return 0.3", 0.1 + 0.2, False, ""),
+        ("return 0.0", -0.0, False, ""),
+        ("return 0.30001", 0.1 + 0.2, False, "test 1: wrong value"),
+        ("return 5.0", 5, False, "test 1: wrong value"),
+        ("return (1, 2)", [1, 2], False, "test 1: wrong value"),
+        ("return (1, (2,))", [1, [2]], True, ""),
+        ("return {'b': 1, 'a': 2}", {"a": 2, "b": 1}, False, ""),
+        ("return {1, 2, 300, 'x'}", {300, "x", 2, 1}, False, ""),
+        ("return {1: 1}", {1: True}, False, "test 1: wrong value"),
+        ("return [1]", [1, 2], False, "test 1: wrong value"),
+        ("return 'None'", None, False, "test 1: wrong value"),
+    ],
+)
+def test_values_are_compared_by_exact_type_and_floats_by_closeness(
+    body, expected, from_json, reason
+):
+    """JSON has no tuples, so only data from JSON lets a tuple stand for a list."""
+    assert value_verdict(body, expected, from_json) == reason
+
+
+def test_dictionaries_keep_their_order_on_the_way_in():
+    """Honest code may depend on the order of keys."""
+    tests = [([{"z": 1, "a": 2, "m": 3}], ["z", "a", "m"])]
+    assert run_tests("def f(d):\n    return list(d)\n", "f", tests) == ""
+
+
+def test_usual_imports_work_though_no_file_can_be_opened():
+    """Functions import lazily, and md5 or strptime load more on first use."""
+    code = """
+from typing import List, Optional
+import math, collections, re, itertools, functools, heapq, bisect, string, statistics, random
+import fractions, decimal, datetime, copy, operator, hashlib, unicodedata, json
+def f(a, b):
+    import time, textwrap
+    hashlib.md5("x".encode("ascii")).hexdigest(), random.random(), time.time()
+    datetime.datetime.strptime("2020-01-02", "%Y-%m-%d"), "\\N{SNOWMAN}"
+    return int(decimal.Decimal(a) + fractions.Fraction(0) * 1.0 == -1) or a + b
+"""
+    assert verdict(code.replace("decimal.Decimal(a) + fractions.Fraction(0) * 1.0", "-2")) == ""
+
+
+def test_threads_share_the_servers_and_get_their_own_verdicts():
+    """The trainer judges a batch from a thread pool."""
+    codes = [HONEST, HONEST.replace("+", "-"), "def f(a, b): raise KeyError", "x ="] * 6
+    want = ["", "test 1: wrong value", "test 1: KeyError", "syntax error"] * 6
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(verdict, codes)) == want
+
+
+# A: leaving early
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import sys; sys.exit(0)",
+        "import os; os._exit(0)",
+        "raise SystemExit",
+        "raise KeyboardInterrupt",
+        "import unittest; raise unittest.SkipTest('later')",
+        "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
+        "import os; os.execv('/bin/true', ['true'])",
+        "import os; os.close(3)",
+        "import atexit; atexit.register(print); return 0",
+        "import ctypes; ctypes.string_at(0)",
+        "raise GeneratorExit",
+        "raise StopIteration",
+    ],
+)
+@pytest.mark.parametrize("judged_by", [verdict, script_verdict])
+def test_leaving_early_is_a_failure(line, judged_by):
+    """Exit code 0 and silence mean nothing; only values count. Also while loading."""
+    assert judged_by(f"def f(a, b):\n    {line}\n")
+    assert judged_by(f"def f(a, b):\n    return 0\n{line.replace('return 0', 'pass')}\n")
+
+
+# B: lying objects
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "Liar()",
+        "Sub(a + b)",
+        "[Sub(a + b)]",
+        "type('int', (), {'__class__': int, '__eq__': lambda s, o: True})()",
+        "mock.ANY",
+        "float('nan')",
+        "Fraction(a + b)",
+        "(a + b for _ in range(1))",
+        "itertools.count()",
+        "type('D', (dict,), {})()",
+        "True",
+        "str(a + b)",
+        "float(a + b)",
+    ],
+)
+@pytest.mark.parametrize("judged_by", [verdict, script_verdict])
+def test_objects_that_claim_equality_are_not_believed(value, judged_by):
+    """Values are rebuilt from exact builtin types, so no method of theirs ever runs here. (Scripts
+    compare by ==, to which 5.0 is 5.)"""
+    code = f"""
+import itertools
+from fractions import Fraction
+class Liar:
+    def __eq__(self, other): return True
+    def __repr__(self): return "5"
+    __hash__ = None
+class Sub(int):
+    def __eq__(self, other): return True
+    __hash__ = int.__hash__
+class mock:
+    ANY = Liar()
+def f(a, b):
+    return {value}
+"""
+    if judged_by is verdict or "float(a" not in value:
+        assert judged_by(code)
+
+
+def test_nan_equals_nothing_and_a_truth_value_is_no_number():
+    """Neither where expected, nor nested."""
+    assert value_verdict("return float('nan')", math.nan) == "test 1: wrong value"
+    assert value_verdict("return [float('nan')]", [math.nan]) == "test 1: wrong value"
+    assert value_verdict("return [True]", [1]) == "test 1: wrong value"
+    assert value_verdict("return 1", True) == "test 1: wrong value"
+
+
+# C: patching the judge
+
+
+@pytest.mark.parametrize(
+    "patch",
+    [
+        "builtins.len = lambda x: 0",
+        "builtins.isinstance = lambda *a: True",
+        "builtins.type = lambda x: int",
+        "builtins.all = lambda x: True",
+        "json.dumps = lambda *a, **k: '\"\"'",
+        "json.loads = lambda *a, **k: []",
+        "math.isclose = lambda *a, **k: True",
+        "sys.settrace(lambda *a: None)",
+        "sys.modules.clear()",
+        "sys.modules['json'] = sys.modules['math'] = None",
+        "sys.excepthook = lambda *a: os._exit(0)",
+        "builtins.AssertionError = builtins.Exception = SystemExit",
+        "sys._getframe(2).f_globals.update(encode=lambda v, d=0: '', fail=print)",
+        "sys._getframe(2).f_globals['line_of'] = lambda m: b'[\"passed\"]\\n'",
+    ],
+)
+@pytest.mark.parametrize("judged_by", [verdict, script_verdict])
+def test_patching_whatever_is_in_reach_changes_no_verdict(patch, judged_by):
+    """A candidate owns its process, but neither comparison nor expected values are in it."""
+    code = f"import builtins, json, math, os, sys\n{patch}\ndef f(a, b):\n    return 0\n"
+    assert judged_by(code)
+    assert judged_by(HONEST) == ""
+
+
+# D: reading answers
+
+
+PEEK = """
+import gc, sys
+def everything():
+    frame, found = sys._getframe(), []
+    while frame:
+        found += [frame.f_locals, frame.f_globals, frame.f_code.co_consts, frame.f_code.co_names]
+        frame = frame.f_back
+    return repr(found) + repr(gc.get_objects())
+def f(needle):
+    text = everything()
+    return needle[::-1] in text
+"""
+
+
+@pytest.mark.parametrize(
+    "needle, found",
+    [
+        ("answer_calls", True),
+        ("6480297", False),
+        ("run_tests", False),
+        ("static_gate", False),
+        ("a-siblings-answer", False),
+        ("a-siblings-argument", False),
+    ],
+)
+def test_no_answer_trace_or_task_is_in_a_candidates_memory(needle, found):
+    """Expected values never go in, no server ever held a job, and its program ends before the
+    trusted part of this file. The needle comes in backwards, to be found only if it was there."""
+    sibling = "def f(x):\n    return 'a-siblings-answer'\n"
+    for _ in range(2 * tasks.pool().maxsize):
+        assert run_tests(sibling, "f", [(["a-siblings-argument"], 6480297)])
+    tests = [([needle[::-1]], found), ([needle[::-1]], 6480297)]
+    assert run_tests(PEEK, "f", tests) == "test 2: wrong value"
+
+
+def test_environment_and_arguments_are_empty():
+    """But for the locale that Python sets for itself, and the hash seed that makes verdicts on
+    answers that depend on the order of a set repeatable."""
+    body = """import os, sys
+    known = {'LC_CTYPE', 'PYTHONHASHSEED'}
+    return [set(os.environ) <= known, sys.flags.hash_randomization, sys.argv]"""
+    assert value_verdict(body, [True, 0, ["-c"]]) == ""
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "return open('/proc/self/cmdline').read()",
+        "return os.listdir('/')",
+        "return os.open('/proc/self/fd', os.O_RDONLY)",
+        "return open(VICTIM).read()",
+        "import ctypes",
+        "return os.readlink('/proc/self/exe')",
+        "import __main__",
+        "os.lseek(0, 0, 0); return [os.read(fd, 9) for fd in range(4, 64)]",
+    ],
+)
+def test_files_and_inherited_descriptors_are_out_of_reach(body, tmp_path):
+    victim = tmp_path / "answers.txt"
+    victim.write_text("5 6 0")
+    code = f"import os\nVICTIM = {str(victim)!r}\ndef f(a, b):\n    {body}\n"
+    assert verdict(code) in {
+        "test 1: PermissionError",
+        "test 1: ModuleNotFoundError",
+        "test 1: OSError",
+    }
+    assert victim.read_text() == "5 6 0"
+    assert_unharmed()
+
+
+# E: forging the channel
+
+
+FORGERIES = [
+    'b"true\\n"',
+    "b'\"\"\\n'",
+    "b'[]\\n'",
+    "b'null'",
+    "b'[\"passed\"]\\n'",
+    'b\'[["value", ["int", "0x5"]]]\\n\'',
+    'b\'[["fault", true]]\\n\'',
+    'b\'[["fault", ""]]\\n\'',
+    'b\'[["fault", ["passed"]]]\\n\'',
+    'b\'[["value", ["int", 5]]]\\n\'',
+    'b\'[["value", {"int": "0x5"}]]\\n\'',
+    "b'[' * 500_000",
+    "b'[' * 900 + b']' * 900",
+    "b'9' * 500_000",
+    "b'\\xff\\xfe\\x00\\n'",
+    "b'\"\\\\ud800\"\\n'",
+    "b'\\x00\\x00\\x00\\x04true'",
+    "b'[]\\n' * 100_000",
+]
+
+
+@pytest.mark.parametrize("line", FORGERIES, ids=lambda line: line[:30])
+@pytest.mark.parametrize("judged_by", [verdict, script_verdict])
+@pytest.mark.parametrize("when", ["load", "call"])
+def test_messages_a_candidate_writes_itself_are_never_a_pass(line, judged_by, when):
+    """On every descriptor, before or during the first call, leaving right after."""
+    shout = f"""
+import os
+def shout():
+    for fd in range(8):
+        try: os.write(fd, {line})
+        except OSError: pass
+    os._exit(0)
+"""
+    load = "shout()\n" if when == "load" else ""
+    assert judged_by(f"{shout}{load}def f(a, b):\n    shout()\n")
+
+
+def test_a_channel_that_forged_messages_is_not_reused():
+    """Each candidate has its own socket, so leftovers cannot reach the next."""
+    assert_unharmed()
+
+
+# F: resources
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "while True: pass",
+        "import time; time.sleep(9)",
+        "import _thread; x = _thread.allocate_lock(); x.acquire(); x.acquire()",
+        "import os; os.read(3, 1); os.read(3, 1)",
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN); signal.signal(signal.SIGXCPU, print)\n"
+        "    while True:\n        try:\n            while True: pass\n"
+        "        except BaseException: pass",
+        "x = []\n    while True: x.append(bytearray(10**7))",
+        "return 9 ** 9 ** 9",
+        "return f(a, b)",
+        "sys.setrecursionlimit(10**9)\n    return f(a, b)",
+        "return 'x' * 50_000_000",
+        "return [0] * 3_000_000",
+        "while True: print('x' * 10_000)",
+        "import re; return re.match('(a+)+$', 'a' * 40 + 'b')",
+        "x = D()",
+        "x = []; x.append(x); return x",
+        "x = []\n    for _ in range(90): x = [x, x]\n    return x",
+        "x = 1\n    for _ in range(100_000): x = [x]\n    return x",
+        "while True: os.write(3, b'x' * 65536)",
+        "while True:\n        os.write(3, b'x')\n        for _ in range(3000): pass",
+        "return {i * (2**61 - 1) for i in range(20_000)}",
+    ],
+)
+def test_hogs_fail_within_their_limit(body):
+    """A wall limit, one retry alone for those that used little CPU, and nothing left running."""
+    head = "import os, signal, sys\nclass D:\n    def __del__(self):\n        while True: pass\n"
+    start = time.monotonic()
+    assert verdict(f"{head}def f(a, b):\n    {body}\n", seconds=0.3)
+    assert time.monotonic() - start < 5
+    assert_unharmed()
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["x = " + "(" * 50_000, "x = " + "-" * 200_000 + "1", "x = " + "+".join(["1"] * 100_000)],
+    ids=["parentheses", "minus signs", "sum"],
+)
+def test_parser_bombs_go_off_in_the_sandbox(code):
+    assert verdict(f"{code}\n{HONEST}")
+    assert tasks.static_gate(f"{code}\n{HONEST}", HONEST) == "gate: too long"
+    assert_unharmed()
+
+
+def test_a_large_reply_says_so():
+    assert verdict("def f(a, b):\n    return 'x' * 1_100_000\n", 2.0) == "too much output"
+    assert verdict("def f(a, b):\n    return 'x' * 10**10\n", 2.0) == "memory"
+
+
+# G: the system
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "open(VICTIM, 'w').write('x')",
+        "open(VICTIM + '.new', 'w').write('x')",
+        "os.unlink(VICTIM)",
+        "os.rename(VICTIM, VICTIM + '.old')",
+        "os.mkdir(VICTIM + '.d')",
+        "os.fork()",
+        "import threading; threading.Thread(target=print).start()",
+        "import subprocess; subprocess.run(['touch', VICTIM + '.new'])",
+        "os.system('touch ' + VICTIM + '.new'); raise OSError",
+        "import socket; socket.create_connection(('127.0.0.1', PORT), 1)",
+        "import socket; socket.socketpair()",
+        "os.kill(os.getppid(), 9)",
+        "os.kill(TRAINER, 19)",
+        "os.killpg(0, 9)",
+        "os.kill(-1, 9)",
+        "os.setsid(); os.nice(-5); os.chroot('/')",
+    ],
+)
+def test_the_system_is_out_of_reach(body, tmp_path):
+    """Nothing is written, deleted, started, reached or signalled."""
+    victim = tmp_path / "victim"
+    victim.write_text("intact")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        names = f"VICTIM, PORT, TRAINER = {str(victim)!r}, {listener.getsockname()[1]}, "
+        code = f"import os\n{names}{os.getpid()}\ndef f(a, b):\n    {body}\n    return a + b\n"
+        assert verdict(code)
+        listener.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+    assert os.listdir(tmp_path) == ["victim"] and victim.read_text() == "intact"
+    assert_unharmed()
+
+
+def test_the_filter_reaches_those_who_dig_up_the_c_library():
+    """The program's own ctypes is found through the frames; every call it makes is filtered."""
+    body = """
+    frame = sys._getframe()
+    while 'libc' not in frame.f_globals: frame = frame.f_back
+    c = frame.f_globals['libc']()
+    return [c.fork(), c.socket(1, 1, 0), c.open(b'/etc/passwd', 0), c.kill(1, 9), c.fcntl(3, 8, 1)]
+"""
+    assert run_tests(f"import sys\ndef f():{body}", "f", [([], [-1] * 5)]) == ""
+    assert_unharmed()
+
+
+# H: state and arguments
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "def f(x):\n    x.append(1)\n    return x\n",
+        "def f(x, seen=[]):\n    seen.append(1)\n    return [] if len(seen) == 1 else x\n",
+        "n = 0\ndef f(x):\n    global n\n    n += 1\n    return [[], [1], [1, 2]][n % 3]\n",
+        "import gc\ndef f(x):\n    return gc.get_referrers(x)[0]\n",
+    ],
+    ids=["mutates its argument", "default list", "call counter", "referrers"],
+)
+def test_state_between_calls_does_not_help(code):
+    same = [([[]], []), ([[1]], [1]), ([[1, 2]], [1, 2]), ([[]], [])]
+    assert run_tests(code, "f", same)
+    assert_unharmed()
+
+
+def test_each_call_gets_fresh_arguments_and_ours_stay_as_they_are():
+    """Clearing what it was given harms neither other tests nor the trainer's own data."""
+    shared = [3, 1, 2]
+    tests = [([shared], [1, 2, 3]), ([shared], [1, 2, 3]), ([shared], [1, 2, 3])]
+    code = "def f(x):\n    x.sort()\n    y = x[:]\n    x.clear()\n    return y\n"
+    assert run_tests(code, "f", tests) == ""
+    assert shared == [3, 1, 2]
+
+
+def test_a_value_returned_twice_is_read_when_it_is_returned():
+    """Later calls cannot correct an earlier answer."""
+    code = "out = []\ndef f(x):\n    out.append(x)\n    return out\n"
+    assert run_tests(code, "f", [([1], [1, 2]), ([2], [1, 2])])
+
+
+@pytest.mark.parametrize(
+    "poison",
+    [
+        "import builtins; builtins.len = lambda x: 5",
+        "import math; math.pi = 3; math.floor = None",
+        "import sys; sys.setrecursionlimit(60)",
+        "import random; random.seed = random.random = None",
+        "import gc; gc.disable(); gc.set_threshold(1)",
+    ],
+)
+def test_one_candidate_cannot_poison_the_next(poison):
+    """Every candidate is a fresh fork of a server that ran nobody's code."""
+    for _ in range(2 * tasks.pool().maxsize):
+        assert verdict(f"{poison}\ndef f(a, b): return None\n")
+    code = "import math, random\nrandom.random()\n"
+    assert verdict(code + "def f(a, b): return math.floor(a + b + len([]))\n") == ""
+    assert_unharmed()
+
+
+def test_the_same_code_gets_the_same_order_and_the_same_random_numbers():
+    """A resumed run must see the verdicts of the first."""
+    code = "import random\nx = [random.random()]\ndef f(i):\n    x.append(i)\n    return x\n"
+    reply = [run_tests(code, "f", [([i], [0.5]) for i in range(5)]) for _ in range(2)]
+    assert reply == ["test 1: wrong value"] * 2
+    job = tasks.line_of(["candidate", code, "f"]) + b'[["f", ["list", true]]]\n'
+    first, again = (tasks.run_job(job, 1.0, 1) for _ in range(2))
+    assert first == again and first[0][0][0] == "value"
+
+
+# I: the contract
+
+
+@pytest.mark.parametrize(
+    "code, reason",
+    [
+        ("", "no function f"),
+        ("def g(a, b):\n    return a + b\n", "no function f"),
+        ("f = 5\n", "no function f"),
+        ("def f(a, b:\n", "syntax error"),
+        ("def f(a, b):\n    return a + b\0\n", "syntax error"),
+        ("# \ud800\n" + HONEST, "syntax error"),
+        ("\ufeff" + HONEST, "syntax error"),
+        (HONEST.replace("f(", "\u0192("), "no function f"),
+        ("```python\n" + HONEST + "```\n```python\n" + HONEST + "```\n", "syntax error"),
+        ("raise ValueError\n" + HONEST, "ValueError"),
+        ("def f(a):\n    return a\n", "test 1: TypeError"),
+        ("async def f(a, b):\n    return a + b\n", "undecodable result"),
+        ("def f(a, b):\n    return a + b if a != 10 else 0\n", "test 2: wrong value"),
+        ("def f(a, b):\n    return f\n", "undecodable result"),
+        ("def f(a, b):\n    raise type('a b\\n' * 99, (Exception,), {})\n", "undecodable result"),
+    ],
+)
+def test_reasons_are_plain_and_name_the_first_failing_test(code, reason):
+    assert verdict(code) == reason
+
+
+# Scripts: an examiner and a candidate
+
+
+def test_a_script_may_have_helpers_imports_metadata_and_a_last_line():
+    """The form in which such data is published. `double` is missing here, so it is the
+    candidate's, called where the candidate lives."""
+    script = """
+METADATA = {'author': 'x'}
+import math
+def near(x, y): return math.isclose(x, y)
+def check(candidate):
+    import random
+    for _ in range(30):
+        n = random.randint(0, 99)
+        assert candidate(double(n)) == n, "message"
+        assert near(candidate(1.0), 0.5)
+check(f)
+"""
+    helper = "def double(x):\n    return 2 * x\n"
+    code = helper + "def f(x):\n    return x / 2\n"
+    assert script_verdict(code, script) == ""
+    assert script_verdict(code.replace("/", "//"), script) == "AssertionError"
+
+
+def test_a_scripts_own_helpers_and_builtins_win_over_the_candidates():
+    """Else a candidate could redefine what the assertions are made of."""
+    code = "def abs(x): return 0\ndef near(x, y): return True\ndef check(c): pass\n"
+    code += "def __builtins__(): pass\ndef AssertionError(): pass\ndef f(a, b): return 0\n"
+    script = "def near(x, y): return abs(x - y) < 1\ndef check(c):\n    assert near(c(2, 3), 5)\n"
+    assert script_verdict(code, script) == "AssertionError"
+
+
+def test_a_script_may_expect_an_exception_but_not_be_ended_by_one():
+    """StopIteration would silently end `map`; an early exit cannot be caught by a bare except."""
+    script = """
+def check(candidate):
+    try:
+        for value in map(candidate, [1, 2]): assert value == 0
+    except ValueError: return
+    except: pass
+"""
+    assert script_verdict("def f(x):\n    raise ValueError\n", script) == ""
+    assert script_verdict("def f(x):\n    raise StopIteration\n", script) == "StopIteration"
+    assert script_verdict("import os\ndef f(x):\n    os._exit(0)\n", script)
+    assert script_verdict("def f(x):\n    return object()\n", script) == "undecodable result"
+
+
+def test_a_script_without_check_or_with_an_error_passes_nobody():
+    assert script_verdict(HONEST, "x = 1\n") == "KeyError"
+    assert script_verdict(HONEST, "def check(c):\n    raise SystemExit(0)\n") == "SystemExit"
+    assert script_verdict(HONEST, "def check(c:\n") == "SyntaxError"
+
+
+# J: the static gate
+
+
+BUGGY_EDIT = '''import math
+LIMIT = 3
+
+
+def g(x, k=2):
+    return x * k
+
+
+def f(xs: list, n: int = 0) -> int:
+    """Sum."""
+    total = 1
+    for x in xs:
+        if x > LIMIT:
+            total += g(x)
+    return total
+'''
+FIXED_EDIT = BUGGY_EDIT.replace("total = 1", "total = 0")
+
+
+@pytest.mark.parametrize(
+    "old, new, why",
+    [
+        ("return total", "return eval('total')", "use of eval"),
+        ("total = 1", "exec('total = 0')", "use of exec"),
+        ("total = 1", "e = exec\n    total = 0", "use of exec"),
+        ("    total = 1", "    total = 0; x = 1", "several statements on one line"),
+        ("def g(x, k=2):\n    return", "def g(x, k=2): return", "several statements on one line"),
+        ("    total = 1", "    return sum(xs)\n    total = 1", "unreachable code"),
+        ("    total = 1", "    while True:\n        return 0\n    total = 1", "unreachable code"),
+        ("    total = 1", "    if True:\n        return 0\n    total = 1", "constant condition"),
+        ("total = 1", "total = 0 if 1 == 1 else 1", "constant condition"),
+        ("    return total\n", "    return total\ndef f(xs): return 0\n", "not the same functions"),
+        ("    return total\n", "    return total\nf = sum\n", "top-level statement"),
+        ("LIMIT = 3", "LIMIT = 4", "top-level statement"),
+        ("def f(", "@print\ndef f(", "not the same functions"),
+        ("n: int = 0", "n: int = print()", "not the same functions"),
+        ("n: int = 0", "n: print() = 0", "not the same functions"),
+        ("k=2", "k=3", "not the same functions"),
+        ("def g(x", "def h(x", "not the same functions"),
+        ("    total = 1", "    def h(): return 0\n    total = h()", "not the same functions"),
+        ("    total = 1", "    class A:\n        x = 1\n    total = A.x", "class or global"),
+        ("    total = 1", "    global LIMIT\n    total = 0", "class or global"),
+        ("import math", "import math, os", "new import"),
+        ("    total = 1", "    from os import path\n    total = 0", "new import"),
+        ("total = 1", "total = xs.__len__()", "use of __len__"),
+        ("total = 1", "total = __builtins__", "use of __builtins__"),
+        ("total = 1", "total = (i for i in xs).gi_frame.f_back", "use of f_back"),
+        ("total = 1", "total = " + "0 + " * 700 + "0", "too long"),
+        ("total = 1", "total = " + "-" * 200 + "1", "too deeply nested"),
+        ("total = 1", "total = " + "+".join("1" * 900), "too deeply nested"),
+        ("total = 1", "total = (", "does not parse"),
+        ("total = 1", "total = 0\0", "does not parse"),
+        ("total = 1", "total = '\ud800'", "does not parse"),
+    ],
+)
+def test_the_gate_stops_answers_that_game_the_edit_metrics(old, new, why):
+    assert old in BUGGY_EDIT
+    assert tasks.static_gate(BUGGY_EDIT.replace(old, new), BUGGY_EDIT).startswith(f"gate: {why}")
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("total = 1", "total = 0"),
+        ("x > LIMIT", "x >= math.pi"),
+        ("import math", "import math\nfrom math import floor"),
+        ("    total = 1", "    if not xs:\n        return 0\n    total = 0"),
+        ("    total = 1", "    total = sum(x for x in xs)  # comment"),
+        ("    for x in xs:", "    while True:\n        break\n    for x in xs:"),
+    ],
+)
+def test_the_gate_lets_honest_edits_pass(old, new):
+    assert tasks.static_gate(BUGGY_EDIT.replace(old, new), BUGGY_EDIT) == ""
+
+
+def test_what_the_buggy_source_already_does_is_no_crime():
+    """Calling eval as before is allowed, calling it otherwise is not; a variable may be called
+    `input`."""
+    buggy = "def f(input):\n    s = input + '-'\n    return eval(s)\n"
+    assert tasks.static_gate(buggy.replace("+ '-'", "* 2"), buggy) == ""
+    assert tasks.static_gate(buggy.replace("(s)", "('1')"), buggy) == "gate: use of eval"
+    assert tasks.static_gate(buggy.replace("eval(s)", "[e(s) for e in [eval]]"), buggy)
+
+
+# K: reward plumbing
+
+
+def test_no_tests_is_a_failure():
+    assert tasks.run_tests(HONEST, "f", []) == "no tests"
+
+
+def test_a_server_that_dies_is_replaced_and_the_job_done_again():
+    """Killed while idle and killed at work."""
+    assert verdict(HONEST) == ""
+    server = tasks.pool().queue[-1]
+    os.kill(server.process.pid, signal.SIGKILL)
+    assert verdict(HONEST) == ""
+    server = tasks.pool().queue[-1]
+    threading.Timer(0.2, os.kill, (server.process.pid, signal.SIGKILL)).start()
+    assert verdict("def f(a, b):\n    while True: pass\n") == "timeout"
+    assert_unharmed()
+
+
+def test_a_server_that_dies_twice_means_failure_not_none(monkeypatch):
+    """Nothing but values earns a pass, and no job is skipped."""
+    real = tasks.exchange
+
+    def lethal(ours, message, deadline):
+        if b"candidate" in message:
+            for server in servers:
+                os.killpg(server.process.pid, signal.SIGKILL) if server.process else None
+        return real(ours, message, deadline)
+
+    assert verdict(HONEST) == ""
+    servers = list(tasks.pool().queue)
+    with monkeypatch.context() as patch:
+        patch.setattr(tasks, "exchange", lethal)
+        assert verdict(HONEST) == "judge failure"
+    assert verdict(HONEST) == ""
+
+
+@pytest.mark.parametrize("program", ["", "1/0", "print('[]')", "import time; time.sleep(60)"])
+def test_a_judge_that_cannot_start_is_an_error_not_a_reward(program, monkeypatch):
+    """Else a broken installation would quietly train on failures only."""
+    monkeypatch.setattr(tasks, "pool", functools.cache(tasks.pool.__wrapped__))
+    monkeypatch.setattr(tasks, "server_program", lambda: program)
+    monkeypatch.setattr(tasks, "START_SECONDS", 0.5)
+    with pytest.raises(tasks.JudgeError, match="did not start"):
+        tasks.run_tests(HONEST, "f", ADDITION)
+
+
+def test_without_a_filter_nothing_runs_unless_the_user_insists(monkeypatch):
+    """As on macOS. The server's table of system calls is emptied for this."""
+    text = tasks.server_program()
+    blind = text.replace("in SYSCALLS:", "in ():").replace("not in ():", "in SYSCALLS:")
+    assert "seccomp" in tasks.judge_layers() and blind != text
+    monkeypatch.setattr(tasks, "pool", functools.cache(tasks.pool.__wrapped__))
+    monkeypatch.setattr(tasks, "server_program", lambda: blind)
+    assert "seccomp" not in tasks.judge_layers()
+    with pytest.raises(tasks.JudgeError, match="unsafe-judge"):
+        tasks.run_tests(HONEST, "f", ADDITION)
+    monkeypatch.setattr(tasks, "UNSAFE_JUDGE", True)
+    assert tasks.run_tests(HONEST, "f", ADDITION) == ""
+
+
+def test_unsendable_test_data_is_the_callers_error():
+    with pytest.raises(ValueError, match="object"):
+        tasks.run_tests(HONEST, "f", [([object(), 1], 2)])
+    with pytest.raises(ValueError, match="object"):
+        tasks.run_tests(HONEST, "f", [([1, 1], object())])
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_no_process_outlives_the_trainer(how):
+    """Killed, terminated or interrupted while a candidate hangs."""
+    module = Path(tasks.__file__)
+    program = f"""
+import sys
+sys.path.insert(0, {str(module.parent)!r})
+import {module.stem} as tasks
+tasks.judge_layers()
+print(*[server.process.pid for server in tasks.pool().queue if server.process], flush=True)
+tasks.run_tests("def f():\\n    while True: pass", "f", [([], 1)], seconds=5.0)
+"""
+    command = [sys.executable, "-c", program]
+    trainer = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    server = int(trainer.stdout.readline())
+    time.sleep(0.3)
+    trainer.send_signal(how)
+    trainer.wait(10)
+    trainer.stdout.close()
+    deadline = time.monotonic() + 5
+    while alive(server) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive(server)
+
+
+def alive(group: int) -> list[str]:
+    """Processes of a group that have not ended."""
+    lines = subprocess.run(["ps", "-eo", "pgid,stat"], capture_output=True, text=True).stdout
+    return [row for row in lines.splitlines() if row.split()[0] == str(group) and "Z" not in row]
+
+
+# =============================================================================================
+# Edit metrics, the reward, the format rule, arithmetic and the data files
+# =============================================================================================
+
+HUMANEVALPACK = Path(__file__).parent / "../shared/data/humanevalpack_python.jsonl"
+
+BUGGY = '''\
+def total(items, start):
+    """Sum of the items, plus start."""
+    result = start
+    for item in items:
+        result -= item
+    return result'''
+FIXED = BUGGY.replace("-=", "+=")
+TESTS = ((([1, 2], 0), 3), (([], 5), 5))
+
+
+def sum_problem() -> tasks.Example:
+    return tasks.edit_example("sum", BUGGY, FIXED, "total", TESTS)
+
+
+def benchmark_rows() -> list[tasks.Example]:
+    if not HUMANEVALPACK.exists():
+        pytest.skip("HumanEvalPack is not here")
+    return tasks.load_edits(str(HUMANEVALPACK))
+
+
+def real_pairs() -> list[tuple[list[str], list[str]]]:
+    """Token lists of buggy and right code if it is here, else neighbours in the library."""
+    if HUMANEVALPACK.exists():
+        return [(tasks.code_tokens(row.buggy), tasks.code_tokens(row.reference))
+                for row in benchmark_rows()]
+    sources = [inspect.getsource(f) for module in (textwrap, statistics, bisect)
+               for _, f in inspect.getmembers(module, inspect.isfunction)]
+    return list(itertools.pairwise(map(tasks.code_tokens, sources)))
+
+
+# =============================================================================================
+# Levenshtein, tokens, lines
+# =============================================================================================
+
+
+@pytest.mark.parametrize("a, b, distance", [
+    ("kitten", "sitting", 3), ("flaw", "lawn", 2), ("", "abc", 3), ("abc", "", 3), ("", "", 0),
+    ("same", "same", 0), ("ab", "ba", 2), ("aaa", "aa", 1), ("abcdef", "azced", 3)])
+def test_levenshtein_on_paper(a, b, distance):
+    assert tasks.levenshtein(a, b) == distance
+
+
+def test_levenshtein_agrees_with_rapidfuzz_on_two_thousand_random_and_real_pairs():
+    """Small alphabets make long runs of equal items, where a carry could go wrong."""
+    oracle = pytest.importorskip("rapidfuzz.distance").Levenshtein
+    rng = random.Random(0)
+    pairs = real_pairs()
+    assert len(pairs) > 20
+    while len(pairs) < 2000:
+        size = rng.choice([2, 3, 30])
+        pairs.append(tuple([rng.randrange(size) for _ in range(rng.randrange(150))]
+                           for _ in range(2)))
+    for a, b in pairs:
+        assert tasks.levenshtein(a, b) == oracle.distance(a, b)
+
+
+def test_tokens_include_comments_line_ends_and_indentation():
+    assert tasks.code_tokens("if a:\n\n    b = 1  # why\n") == [
+        "if", "a", ":", "\n", "\n", "    ", "b", "=", "1", "# why", "\n", ""]
+
+
+@pytest.mark.parametrize("broken", [
+    "def f(:\n  '", "'''never closed", "(", "  x\n y", "\\", "a\0b", "\ud800", "\t\x0c$?!", "\r"])
+def test_tokens_of_broken_code_are_a_list_and_not_an_error(broken):
+    assert all(isinstance(token, str) for token in tasks.code_tokens(broken))
+    assert tasks.code_tokens("") == []
+
+
+def test_words_of_broken_code_still_count():
+    assert tasks.code_tokens("'''never closed + 1") == ["'", "'", "'", "never", "closed", "+", "1"]
+
+
+@pytest.mark.parametrize("a, b, changed", [
+    ("a\nb\nc", "a\nb\nc", 0), ("a\nb\nc", "a\nX\nY\nc", 2), ("a\nb\nc", "a\nc", 1),
+    ("a", "a ", 1), ("a\nb", "a\n\nb", 1), ("a\nb\nc\nd", "a\nX\nY\nZ", 3)])
+def test_changed_lines_on_paper(a, b, changed):
+    assert tasks.changed_lines(a, b) == changed
+    assert tasks.changed_lines(b, a) == changed
+
+
+# =============================================================================================
+# Cognitive complexity
+# =============================================================================================
+
+# Numbers of the white paper (the first five are its own examples, in Python), then one rule each.
+COMPLEXITY = {
+    "sum of primes: 1 + 2 + 3, and 1 for the loop's else": (7, """
+        def f(limit):
+            for i in range(1, limit):
+                for j in range(2, i):
+                    if i % j == 0:
+                        break
+                else:
+                    total += i"""),
+    "a switch is 1, however many cases": (1, """
+        def f(n):
+            match n:
+                case 1:
+                    return "one"
+                case 2:
+                    return "a couple"
+                case _:
+                    return "lots" """),
+    "try is free, catch is not: 1 + 2 + 3, 1 + 2": (9, """
+        def f(a, b):
+            try:
+                if a:
+                    for i in range(10):
+                        while b:
+                            b -= 1
+            except ValueError:
+                if b:
+                    b = 0"""),
+    "sequences of like operators: if 1, and 1, or 1, and 1": (4, """
+        def f(a, b, c, d, e, g):
+            if a and b and c or d or e and g:
+                return 1"""),
+    "a negated group is a sequence of its own": (3, """
+        def f(a, b, c):
+            if a and not (b and c):
+                return 1"""),
+    "straight code": (0, "def f(x):\n    y = x + 1\n    return y"),
+    "elif and else add 1 each, their bodies nest": (7, """
+        def f(x):
+            if x > 2:
+                return 3
+            elif x > 1:
+                return 2
+            elif x:
+                if y:
+                    return 1
+            else:
+                return x and y"""),
+    "elif deep down does not pay for its depth": (4, """
+        def f(xs):
+            for x in xs:
+                if x:
+                    x += 1
+                elif y:
+                    y += 1"""),
+    "else: if is nested, unlike elif": (4, """
+        def f(x):
+            if x:
+                return 1
+            else:
+                if y:
+                    return 2"""),
+    "a ternary in a ternary": (3, "def f(x):\n    return 1 if x else (2 if y else 3)"),
+    "a lambda nests, but costs nothing": (2, "def f(x):\n    return lambda y: 1 if y else x"),
+    "a function in a function nests": (2, """
+        def f(x):
+            def g(y):
+                if y:
+                    return x
+            return g(1)"""),
+    "direct recursion adds 1, once": (2, """
+        def f(n):
+            if n:
+                return f(n - 1) + f(n - 2)"""),
+    "comprehensions are shorthand": (0, "def f(xs):\n    return [x for x in xs if x]"),
+    "a condition is not inside its body": (2, """
+        def f(x):
+            while (1 if x else 0):
+                pass"""),
+    "functions add up": (2, "def f(x):\n    if x: pass\n\ndef g(x):\n    if x: pass"),
+    "a method is no deeper than a function": (3, """
+        class A:
+            def f(self, x):
+                if x:
+                    if x > 1:
+                        pass"""),
+    "with is free": (1, "def f(p):\n    with p:\n        if p: pass"),
+    "finally is free": (0, "def f():\n    try:\n        pass\n    finally:\n        pass"),
+    "code that does not parse": (0, "def f(:"),
+}
+
+
+@pytest.mark.parametrize("rule", COMPLEXITY)
+def test_cognitive_complexity_on_paper(rule):
+    number, source = COMPLEXITY[rule]
+    assert tasks.cognitive_complexity(textwrap.dedent(source)) == number
+
+
+def test_cognitive_complexity_agrees_with_the_package_on_how_fixes_change_it():
+    """Measured: 164 of 164 differences agree, and 157 of the references' own values.
+
+    In the seven others (6, 11, 95, 99, 108, 140, 145) the package takes any function that is an
+    inner function and a return for a decorator, charges an `elif` for its depth, or does not nest
+    the body of an `if` that has an `elif`. The paper does none of these; they cancel in a
+    difference unless the fix is just there.
+    """
+    package = pytest.importorskip("cognitive_complexity.api")
+    agree = []
+    for row in benchmark_rows():
+        ours = [tasks.cognitive_complexity(s) for s in (row.reference, row.buggy)]
+        theirs = [sum(package.get_cognitive_complexity(node) for node in ast.parse(s).body
+                      if isinstance(node, ast.FunctionDef)) for s in (row.reference, row.buggy)]
+        agree.append(ours[0] - ours[1] == theirs[0] - theirs[1])
+    assert sum(agree) / len(agree) >= 0.98
+
+
+def test_sixteen_hundred_elif_are_counted_without_recursion():
+    chain = "def f(a):\n if a:\n  1\n" + " elif a:\n  1\n" * 1500
+    assert len(chain) < tasks.PARSE_LIMIT
+    assert tasks.cognitive_complexity(chain) == 1501
+
+
+# =============================================================================================
+# Edit metrics and reward
+# =============================================================================================
+
+MINUS, PLUS = (f"def f(a, b):\n    return a {sign} b" for sign in "-+")
+
+
+def test_edit_metrics_on_paper():
+    """16 tokens and 2 lines are buggy, 20 tokens answered; 6 tokens and 2 lines were changed
+    where 1 and 1 would do."""
+    found = tasks.edit_metrics("def f(a, b):\n    c = a + b\n    return c", MINUS, PLUS)
+    assert found == pytest.approx({
+        "nel": 5 / 20, "acc": 0, "ulr": 1 / 2, "excess_edit": 6 / 20 - 1 / 16,
+        "names_kept": 1, "formatting_kept": 1, "structure_kept": 1 - 1 / 3})
+    assert tasks.edit_reward(True, found) == pytest.approx(1 - 0.125 - 0 - 0.1)
+
+
+@pytest.mark.parametrize("answer, name, value", [
+    ("def f(x, b):\n    return x + b", "names_kept", 2 / 3),         # f and b, not a
+    ("def f(a,b):\n    return a + b", "formatting_kept", 0),         # its one shared line
+    ("def f(a, b):\n  return a + b", "formatting_kept", 1),          # the fixed line is free
+    ("def f(a, b):\n    return a + b if a else b", "acc", 1 / 3),
+    ("def f(a, b):\n    if a:\n        if b:\n            return a + b", "acc", 1),
+    ("def f(a, b):\n    while a:\n        if b:\n            if a:\n                b", "acc", 1),
+    (MINUS, "excess_edit", -1 / 16)])                                # did nothing
+def test_one_metric_on_paper(answer, name, value):
+    assert tasks.edit_metrics(answer, MINUS, PLUS)[name] == pytest.approx(value)
+
+
+def test_a_simpler_or_smaller_answer_than_the_reference_is_not_charged():
+    wordy = "def f(a, b):\n    if a:\n        return a + b\n    return b"
+    found = tasks.edit_metrics(PLUS, MINUS, wordy)
+    assert tasks.edit_reward(True, found) == 1.0
+    assert found["excess_edit"] < 0
+
+
+def test_added_complexity_counts_from_the_more_complex_of_bug_and_reference():
+    """Keeping a branch that the reference removed is an edit not made, not one too many."""
+    branched = "def f(a, b):\n    if a:\n        return a - b\n    return b"
+    found = tasks.edit_metrics(branched.replace("-", "+"), branched, PLUS)
+    assert found["acc"] == 0 and tasks.cognitive_complexity(branched) == 1
+
+
+@pytest.mark.parametrize("nel, acc, ulr, reward", [
+    (0, 0, 0, 1.0), (1, 0, 0, 0.5), (0, 1, 0, 0.7), (0, 0, 1, 0.8), (0.2, 1 / 3, 0.5, 0.7)])
+def test_reward_on_paper(nel, acc, ulr, reward):
+    terms = {"nel": nel, "acc": acc, "ulr": ulr}
+    assert tasks.edit_reward(True, terms) == pytest.approx(reward)
+    assert tasks.edit_reward(False, terms) == -1.0
+
+
+def test_every_pass_is_worth_more_than_every_fail():
+    """Else a model learns to fail on purpose; one published run did."""
+    steps = [0.0, 1e-12, 1 / 3, 0.5, 0.999, 1.0]
+    grid = [dict(zip(("nel", "acc", "ulr"), terms, strict=True))
+            for terms in itertools.product(steps, repeat=3)]
+    passes = [tasks.edit_reward(True, terms) for terms in grid]
+    fails = [tasks.edit_reward(False, terms) for terms in grid]
+    assert set(fails) == {-1.0}
+    assert min(passes) >= -1e-9 and max(passes) == 1.0
+
+
+def test_terms_stay_between_0_and_1_for_any_answer():
+    """Answers are shuffled, cut and repeated pieces of code, some of them not code at all."""
+    rng = random.Random(0)
+    lines = [*BUGGY.split("\n"), *FIXED.split("\n"), "", "\t", "# x", "if 1:", "x = '''", "\x0c"]
+    for _ in range(300):
+        answer, buggy, reference = ("\n".join(rng.choices(lines, k=rng.randrange(12)))
+                                    for _ in range(3))
+        found = tasks.edit_metrics(answer, buggy, reference)
+        signed = found.pop("excess_edit")
+        assert -1 <= signed <= 1
+        assert all(0 <= value <= 1 for value in found.values()), found
+        assert 0 <= tasks.edit_reward(True, found) + 1e-9 <= 1 + 1e-9
+
+
+def test_every_reference_of_humanevalpack_has_reward_exactly_1():
+    for row in benchmark_rows():
+        verdict = tasks.verify_edit(row, row.reference)
+        assert (verdict.reward, verdict.reason) == (1.0, "ok"), row.id
+        assert [verdict.metrics[name] for name in ("names_kept", "formatting_kept",
+                                                   "structure_kept")] == [1, 1, 1]
+
+
+GAMING = {
+    "one line": 'def total(items, start):\n    """Sum of the items, plus start."""\n'
+                "    return start + sum(items)",
+    "comment spam": FIXED.replace("\n    r", "\n    # keep this line as it was\n    r"),
+    "reindented": FIXED.replace("    ", "  "),
+    "docstring rewritten": FIXED.replace("Sum of the items, plus start.",
+                                         "\n    Adds up.\n\n    Returns: the sum.\n    "),
+    "dead code": FIXED.replace("    return", "    if start is None:\n        for item in items:\n"
+                               "            result = 0\n    return"),
+    "renamed": FIXED.replace("result", "accumulator"),
+    "noqa": FIXED.replace("+= item", "+= item  # noqa"),
+    "spaces": FIXED.replace(" = ", "="),
+}
+
+
+@pytest.mark.parametrize("trick", GAMING)
+def test_a_trick_that_passes_the_tests_is_paid_less_than_the_plain_fix(trick):
+    """Group J. What the static gate refuses outright is tested with the gate."""
+    honest = tasks.verify_edit(sum_problem(), FIXED)
+    gamed = tasks.verify_edit(sum_problem(), GAMING[trick])
+    assert honest.reward == 1.0 and gamed.passed
+    assert 0 <= gamed.reward < 0.999
+
+
+@pytest.mark.parametrize("trick, name", [
+    ("one line", "structure_kept"), ("reindented", "formatting_kept"), ("renamed", "names_kept"),
+    ("dead code", "structure_kept"), ("spaces", "formatting_kept")])
+def test_the_metric_made_for_it_sees_the_trick(trick, name):
+    assert tasks.verify_edit(sum_problem(), GAMING[trick]).metrics[name] < 1
+
+
+# =============================================================================================
+# Format rule
+# =============================================================================================
+
+
+@pytest.mark.parametrize("wrap", [
+    "{}", "\n\n{}\n\n", "```python\n{}\n```", "```\n{}\n```", " \n```python  \n\n{}\n\n```\n\t"])
+def test_bare_code_or_one_fenced_block_is_the_right_format(wrap):
+    assert tasks.unwrap_answer(wrap.format(FIXED)) == (FIXED, "")
+    assert tasks.verify_edit(sum_problem(), wrap.format(FIXED)).reward == 1.0
+
+
+MALFORMED = {
+    "empty": "", "blank": " \n\t\n", "empty block": "```python\n\n```", "NUL": FIXED + "\0",
+    "BOM": "\ufeff" + FIXED, "lone surrogate": FIXED.replace("Sum", "\udc80"),
+    "two blocks": f"```python\n{FIXED}\n```\n```python\n{FIXED}\n```",
+    "unclosed fence": f"```python\n{FIXED}", "only a fence": "```", "never opened": f"{FIXED}\n```",
+    "closed as python": f"```\n{FIXED}\n```python",
+    "other language": f"```js\n{FIXED}\n```", "longer fence": f"````\n{FIXED}\n````",
+    "text before": f"Here is the function:\n{FIXED}", "text after": f"{FIXED}\nThe bug was a sign.",
+    "text around a block": f"Fixed:\n```python\n{FIXED}\n```",
+    "text that parses": f"Done\n{FIXED}", "a string": f'"The bug was a sign."\n{FIXED}',
+    "comment above": f"# The bug was a sign.\n{FIXED}", "comment below": f"{FIXED}\n# Fixed.",
+    "comment between": f"{FIXED}\n# and\ndef g():\n    pass",
+    "code below": f"{FIXED}\nprint(total([1], 2))", "code on an import": f"import math; x\n{FIXED}",
+    "syntax error": "def total(items, start:\n    return 1", "prose": "I cannot do that.",
+    "body only": "    result = start\n    return result", "other name": "def sum_up(x, y):\n    1",
+    "homoglyph": FIXED.replace("total", "t\u043etal"), "in a class": "class A:\n    " + FIXED,
+    "too long": FIXED + "\n    # x" * 4000, "deep": f"def total(a, b):\n    return {'-' * 9000}1",
+    "nested tags": f"<answer><answer>{FIXED}</answer></answer>",
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_a_malformed_answer_fails_with_a_reason(case):
+    """Groups I and L: -1, reason "format", no metrics, and never an exception."""
+    verdict = tasks.verify_edit(sum_problem(), MALFORMED[case])
+    assert (verdict.reward, verdict.passed, verdict.formatted) == (-1.0, False, False)
+    assert verdict.reason.startswith("format: ") and verdict.metrics == {}
+
+
+def test_what_the_buggy_source_has_at_the_top_may_be_repeated_but_not_changed():
+    shown = f"# Sums.\nimport math\nLIMIT = 3\n{BUGGY}"
+    example = tasks.edit_example("x", shown, shown.replace("-=", "+="), "total", TESTS)
+    assert tasks.verify_edit(example, example.reference).reward == 1.0
+    changed = example.reference.replace("LIMIT = 3", "LIMIT = 4")
+    assert tasks.verify_edit(example, changed).reason == "format: text outside the function"
+
+
+def test_a_trailing_indented_comment_and_decorators_belong_to_the_function():
+    code = f"import functools\n\n@functools.cache\ndef g():\n    pass\n\n{FIXED}\n    # the end"
+    assert tasks.format_error(code, BUGGY, "total") == ""
+
+
+def test_imports_and_helpers_that_the_answer_omits_are_put_back():
+    """The instruction asks for the function only, so leaving the rest out is no failure."""
+    shown = f"from typing import List\n\ndef one():\n    return 1\n\n{BUGGY}".replace(
+        "(items,", "(items: List[int],").replace("-= item", "-= item * one()")
+    example = tasks.edit_example("x", shown, shown.replace("-=", "+="), "total", TESTS)
+    alone = example.reference[example.reference.index("def total"):]
+    assert tasks.run_example(example, alone) == "ok"
+    own_helper = "def one():\n    return 9\n\n" + alone
+    assert tasks.run_example(example, own_helper).endswith("wrong value")
+
+
+def test_what_the_answer_repeats_is_not_put_back_twice():
+    """A second `from __future__` below another import would be a syntax error."""
+    shown = f"from __future__ import annotations\nimport math\n\n{BUGGY}"
+    example = tasks.edit_example("x", shown, shown.replace("-=", "+="), "total", TESTS)
+    assert tasks.verify_edit(example, example.reference).reason == "ok"
+
+
+def test_what_the_static_gate_refuses_is_not_run(monkeypatch):
+    monkeypatch.setattr(tasks, "static_gate", lambda answer, buggy: "gate: a new import")
+    monkeypatch.setattr(tasks, "run_tests", None)
+    verdict = tasks.verify_edit(sum_problem(), FIXED)
+    assert (verdict.reward, verdict.formatted) == (-1.0, True)
+    assert verdict.reason == "gate: a new import"
+
+
+def test_a_judge_without_a_verdict_is_a_failure(monkeypatch):
+    """Silence must never be taken for success."""
+    for silence in (None, "timeout"):
+        monkeypatch.setattr(tasks, "run_tests", lambda *job, silence=silence: silence)
+        verdict = tasks.verify_edit(sum_problem(), FIXED)
+        assert (verdict.reward, verdict.passed) == (-1.0, False)
+
+
+def test_a_wrong_edit_has_metrics_and_reward_minus_1():
+    verdict = tasks.verify_edit(sum_problem(), BUGGY)
+    assert (verdict.reward, verdict.passed, verdict.formatted) == (-1.0, False, True)
+    assert verdict.reason != "ok" and verdict.metrics["excess_edit"] < 0
+
+
+def test_parsing_an_answer_warns_nobody():
+    """With -W error an invalid escape would else turn into a syntax error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tasks.format_error('def f():\n    return "\\d" is 1', "", "f") == ""
+
+
+def test_no_string_raises():
+    rng = random.Random(0)
+    pieces = [*MALFORMED.values(), *GAMING.values(), "```", "\n", "\r", "'", '"""', "(", "\\", "\0",
+              "Answer: 1", "\ud800", "\u2028", "def total(items, start):", "    return 1", "#"]
+    problem = sum_problem()
+    for _ in range(400):
+        text = "".join(rng.choices(pieces, k=rng.randrange(4)))
+        for verify in (tasks.verify_edit, tasks.verify_program, tasks.verify_arithmetic):
+            verdict = verify(problem, text)
+            assert verdict.passed == (verdict.reason == "ok") == (verdict.reward >= 0)
+
+
+# =============================================================================================
+# Arithmetic
+# =============================================================================================
+
+SUM = tasks.Example("a", "40 + 2?", "Answer: 42", hint="42")
+
+
+@pytest.mark.parametrize("text", [
+    "Answer: 42", "Answer: 42\n\n", "40 + 2 = 42\nAnswer: 42", "\n\nAnswer: 42 \n",
+    "41?\r\nAnswer: 42"])
+def test_the_right_integer_on_the_last_line_passes(text):
+    assert tasks.verify_arithmetic(SUM, text) == tasks.Verdict(1.0, True, True, "ok", {})
+
+
+@pytest.mark.parametrize("text", ["Answer: 41", "Answer: -42", "Answer: 0", "Answer: " + "4" * 18])
+def test_a_wrong_integer_is_formatted_and_fails(text):
+    assert tasks.verify_arithmetic(SUM, text) == tasks.Verdict(-1.0, False, True, "wrong value", {})
+
+
+@pytest.mark.parametrize("text", [
+    "", "42", "Answer:42", "Answer:  42", "answer: 42", "Answer: 42.", "Answer: 42.0",
+    "Answer: +42", "Answer: 042", "Answer: -0", "Answer: 4_2", "Answer: 4 2", "Answer: 42 or 41",
+    "Answer: 40 + 2", "Answer: 0x2A", "Answer: 4.2e1", "Answer: \u0664\u0662",
+    "Answer: \uff14\uff12", "Answer: 4\u00b2", "Answer: \u221242", "Answer: 42\nso it is",
+    "Answer: 41\nAnswer: 42", "ANSWER: 41\nAnswer: 42", "Answer: Answer: 42",
+    "<answer>42</answer>", "<answer><answer>Answer: 42</answer></answer>", "The Answer: 42",
+    "Answer: **42**", "Answer: 42\u2028", "x\u2028Answer: 42", "Answer: 42\0",
+    "Answer: " + "9" * 400, "Answer: 1" + "0" * 18, "Answer: 10**400", "Answer: ", "Answer: None"])
+def test_anything_but_one_plain_integer_is_a_format_failure(text):
+    """Group L. "41 or 42" must not be paid, nor anything that int() takes but no reader would."""
+    verdict = tasks.verify_arithmetic(SUM, text)
+    assert (verdict.reward, verdict.passed, verdict.formatted) == (-1.0, False, False)
+    assert verdict.reason.startswith("format: ")
+
+
+def test_negative_numbers_and_zero_are_integers_too():
+    for value in ("-7", "0", "999999999999999999"):
+        example = tasks.Example("a", "?", f"Reasoning.\nAnswer: {value}", hint=value)
+        assert tasks.verify_arithmetic(example, f"Answer: {value}").passed
+
+
+# =============================================================================================
+# Data files
+# =============================================================================================
+
+OWN = {"id": "p1", "buggy": BUGGY, "reference": FIXED, "entry_point": "total",
+       "tests": [{"args": [[1, 2], 0], "expected": 3}]}
+HEAD, BODY = "import math\n\n\ndef f(x):\n    \"\"\"Add one.\"\"\"\n", "    return x + 1\n"
+SCRIPT = "def check(f):\n    assert f(1) == 2\n\ncheck(f)"
+RAW = {"task_id": "P/0", "prompt": HEAD, "declaration": HEAD, "canonical_solution": BODY,
+       "buggy_solution": BODY.replace("+", "-"), "entry_point": "f", "test": SCRIPT,
+       "instruction": "Write a function that adds one."}
+
+
+def written(folder: Path, *rows) -> str:
+    """The path of a file with one row a line; a dict is written as JSON, bytes as they are."""
+    path = folder / "problems.jsonl"
+    lines = (row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows)
+    path.write_bytes(b"\n".join(lines))
+    return str(path)
+
+
+def test_an_own_row_becomes_an_example(tmp_path):
+    path = written(tmp_path, OWN, b"", {**OWN, "id": "p2", "instruction": "Repair:"}, b"  \r")
+    first, second = tasks.load_edits(path)
+    assert first.prompt == f"{tasks.EDIT_PROMPT}\n\n{BUGGY}" and first.hint == FIXED
+    assert first.tests == ((([1, 2], 0), 3),) and first.from_json
+    assert second.prompt == f"Repair:\n\n{BUGGY}"
+    assert tasks.verify_edit(first, FIXED).reward == 1.0
+
+
+def test_a_script_of_assertions_may_stand_for_tests(tmp_path):
+    row = {k: v for k, v in OWN.items() if k != "tests"}
+    row["test_code"] = "def check(candidate):\n    assert candidate([1, 2], 0) == 3"
+    [example] = tasks.load_edits(written(tmp_path, row))
+    assert tasks.verify_edit(example, FIXED).passed
+    assert not tasks.verify_edit(example, BUGGY).passed
+
+
+def test_a_raw_humanevalpack_row_is_accepted_as_published(tmp_path):
+    """Its own instruction asks to write the function anew, so it is not used. The script gets the
+    helpers of the declaration: an answer that changes its own would deceive it otherwise."""
+    [example] = tasks.load_edits(written(tmp_path, RAW))
+    assert example.buggy == (HEAD + RAW["buggy_solution"]).strip()
+    assert example.prompt == f"{tasks.EDIT_PROMPT}\n\n{example.buggy}"
+    assert example.reference == example.hint == (HEAD + BODY).strip()
+    assert (example.id, example.entry_point) == ("P/0", "f")
+    assert example.test_code == f"{HEAD}{BODY}\n{SCRIPT}"
+
+
+def test_a_benchmark_row_asks_for_a_whole_function(tmp_path):
+    [example] = tasks.load_benchmark(written(tmp_path, RAW))
+    assert example.prompt == f"{tasks.PROGRAM_PROMPT}\n\n{HEAD.strip()}"
+    right = tasks.verify_program(example, f"```python\n{example.reference}\n```")
+    assert right == tasks.Verdict(1.0, True, True, "ok", {})
+    assert tasks.verify_program(example, "def f(x):\n    return 1 + x").reward == 1.0
+    wrong = tasks.verify_program(example, "def f(x):\n    return x")
+    assert (wrong.reward, wrong.formatted) == (-1.0, True)
+    body_only = tasks.verify_program(example, BODY)
+    assert (body_only.reward, body_only.formatted) == (-1.0, False)
+
+
+def test_windows_line_ends_change_nothing(tmp_path):
+    row = {**OWN, "buggy": BUGGY.replace("\n", "\r\n"), "reference": f"\r\n{FIXED}\r\n"}
+    [example] = tasks.load_edits(written(tmp_path, row))
+    assert (example.buggy, example.reference) == (BUGGY, FIXED)
+    assert tasks.verify_edit(example, FIXED.replace("\n", "\r\n")).reward == 1.0
+
+
+def without(name: str) -> dict:
+    return {key: value for key, value in OWN.items() if key != name}
+
+
+BAD_ROWS = {
+    "cut short": (b'{"id": "p2", "buggy": ', "expected a JSON object in UTF-8"),
+    "not JSON": (b"id,buggy,reference", "expected a JSON object"),
+    "single quotes": (b"{'id': 1}", "expected a JSON object"),
+    "two objects": (b"{} {}", "Extra data"),
+    "a list": (b"[]", "expected a JSON object, got a list"),
+    "a string": (b'"row"', "got a string"),
+    "null": (b"null", "got null"),
+    "a number": (b"3", "got a number"),
+    "true": (b"true", "got a boolean"),
+    "NaN": (b'{"expected": NaN}', "NaN"),
+    "Infinity": (b'{"expected": -Infinity}', "Infinity"),
+    "deep JSON": (b"[" * 100_000, "expected a JSON object"),
+    "a huge integer": (b'{"id": ' + b"9" * 5000 + b"}", "expected a JSON object"),
+    "gzip": (gzip.compress(b"{}", mtime=0), "UTF-8"),
+    "binary": (b"\x00\x01\x02", "expected a JSON object"),
+    "Latin-1": ('{"id": "caf\u00e9"}'.encode("latin-1"), "UTF-8"),
+    "UTF-16": ('{"id": "x"}'.encode("utf-16"), "UTF-8"),
+    "byte order mark": (b"\xef\xbb\xbf{}", "BOM"),
+    "NUL in a string": (b'{"id": "a\x00b"}', "expected a JSON object"),
+    "too long": (b'{"id": "' + b"x" * 4_000_000 + b'"}', "4,000,000 bytes"),
+    "no id": (without("id"), '"id" must be a string, got nothing'),
+    "no buggy": (without("buggy"), '"buggy" must be a string, got nothing'),
+    "no reference": (without("reference"), '"reference" must be a string, got nothing'),
+    "no entry point": (without("entry_point"), '"entry_point" must be a string, got nothing'),
+    "no tests": (without("tests"), "got neither"),
+    "both tests": ({**OWN, "test_code": SCRIPT}, "got both"),
+    "id is a number": ({**OWN, "id": 7}, '"id" must be a string, got a number'),
+    "id is blank": ({**OWN, "id": " "}, '"id" must be text'),
+    "id is taken": (OWN, 'id "p1" must be unique, line 1 has it'),
+    "buggy is a list": ({**OWN, "buggy": []}, '"buggy" must be a string, got a list'),
+    "reference is null": ({**OWN, "reference": None}, '"reference" must be a string, got null'),
+    "escaped NUL": ({**OWN, "buggy": BUGGY + "\0"}, '"buggy" must be text without NUL'),
+    "lone surrogate": ({**OWN, "id": "\ud800"}, '"id" must be text without'),
+    "buggy does not parse": ({**OWN, "buggy": "def total(:"}, '"buggy" must hold the source'),
+    "reference does not parse": ({**OWN, "reference": "x ="}, '"reference" must hold the source'),
+    "buggy is too long": ({**OWN, "buggy": BUGGY + "\n    #" * 9000}, "20,000 bytes"),
+    "buggy defines another": ({**OWN, "buggy": "def f(): pass"}, '"buggy" must hold'),
+    "reference defines another": ({**OWN, "reference": "def f(): pass"}, "no function total"),
+    "entry point is no function": ({**OWN, "entry_point": "items"}, "no function items"),
+    "reference has more": ({**OWN, "reference": FIXED + "\nprint(1)"}, "text outside"),
+    "nothing to repair": ({**OWN, "reference": BUGGY}, '"reference" must differ'),
+    "tests is a string": ({**OWN, "tests": "assert"}, 'field "tests" must be a list of '
+                          '{"args": [...], "expected": ...}, got a string'),
+    "tests is an object": ({**OWN, "tests": {}}, "got an object"),
+    "tests is empty": ({**OWN, "tests": []}, "got an empty list"),
+    "a test is a list": ({**OWN, "tests": [[1, 2]]}, "entry 1 is not one"),
+    "a test without args": ({**OWN, "tests": [{"expected": 1}]}, "entry 1 is not one"),
+    "a test with keywords": ({**OWN, "tests": [*OWN["tests"], {"args": [], "expected": 1,
+                              "kwargs": {}}]}, "entry 2 is not one"),
+    "args is a number": ({**OWN, "tests": [{"args": 1, "expected": 1}]}, "entry 1 is not one"),
+    "instruction is a number": ({**OWN, "instruction": 1}, '"instruction" must be a string'),
+    "script without check": ({**without("tests"), "test_code": "assert True"}, "check(candidate)"),
+    "raw row without declaration": ({k: v for k, v in RAW.items() if k != "declaration"},
+                                    '"declaration" must be a string, got nothing'),
+    "raw row without test": ({**RAW, "test": 1}, '"test" must be a string, got a number'),
+    "raw row that does not parse": ({**RAW, "buggy_solution": "    return ("},
+                                    '"buggy_solution" must hold the source'),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_a_bad_row_stops_with_file_line_field_and_expectation(case, tmp_path):
+    row, says = BAD_ROWS[case]
+    path = written(tmp_path, {**OWN, "id": "p1"}, b"", row)
+    with pytest.raises(tasks.LoadError) as error:
+        tasks.load_edits(path)
+    message = str(error.value)
+    assert message.startswith(f"{path} line 3: ") and says in message
+    assert "\n" not in message and len(message) < len(path) + 250
+
+
+@pytest.mark.parametrize("row, says", [
+    ({k: v for k, v in RAW.items() if k != "prompt"}, '"prompt" must be a string, got nothing'),
+    ({**RAW, "prompt": "def f(x):\n"}, '"prompt" must hold the source'),
+    ({**RAW, "canonical_solution": "  return 1"}, '"canonical_solution" must hold the source'),
+    ({**RAW, "entry_point": "g"}, "no function g"),
+    ({**RAW, "task_id": 3}, '"task_id" must be a string, got a number'),
+    (OWN, '"prompt" must be a string, got nothing')])
+def test_a_bad_benchmark_row_stops_too(row, says, tmp_path):
+    with pytest.raises(tasks.LoadError, match="problems.jsonl line 1: ") as error:
+        tasks.load_benchmark(written(tmp_path, row))
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize("name, content", [
+    ("empty.jsonl", b""), ("blank.jsonl", b"\n \n\r\n"), ("missing.jsonl", None), (".", None),
+    ("nul\0.jsonl", None)])
+def test_a_file_without_rows_is_named(name, content, tmp_path):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(tasks.LoadError, match="expected"):
+        tasks.load_edits(str(path))
