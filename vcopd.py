@@ -286,7 +286,7 @@ def saved_config(folder: str, said: dict) -> Config:
         usage_error(f"--resume {folder}: no run can be read there ({error}): "
                     "give the folder of a run, as --out named it")
     for name, value in said.items():
-        if (name not in ("steps", "save_every", "device", "micro_tokens")
+        if (name not in ("steps", "save_every", "device", "micro_tokens", "merge")
                 and value != getattr(saved, name)):
             usage_error(f"{option(name)} {value} would break the continuation of a run with "
                         f"{getattr(saved, name)}: leave it out, or start a new run")
@@ -1861,7 +1861,7 @@ def export_adapter(folder: Path, policy: Policy) -> None:
 
     A sum of low-rank updates is one update of the summed rank: [s1 B1, s2 B2] [A1; A2].
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
     weights = {}
     for name, layer in lora_layers(policy.model).items():
         a = torch.cat([layer.lora_A[n] for n in policy.student])
@@ -1870,7 +1870,7 @@ def export_adapter(folder: Path, policy: Policy) -> None:
             weights[f"base_model.model.{name}.{kind}.weight"] = weight.detach().cpu().contiguous()
     rank = len(a)
     folder.mkdir(exist_ok=True)
-    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_atomic(folder / "adapter_model.safetensors", save(weights, {"format": "pt"}))
     write_json(folder / "adapter_config.json", {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank,
         "lora_dropout": 0.0, "bias": "none", "base_model_name_or_path": policy.model.name_or_path,
@@ -2233,31 +2233,32 @@ def run(cfg: Config, out: Path, resuming: bool) -> dict:
 def only_evaluate(policy: Policy, task: tasks.Task, out: Path, cfg: Config) -> dict:
     """The scores of the model as it was given, in a table and in report.json."""
     started = time.perf_counter()
-    scores = evaluate(policy, task, policy.reference, cfg)
+    scores = on_rank_0(evaluate, policy, task, policy.reference, cfg)
     print()
     for name, value in flat(scores).items():
         print(f"{name:36}{value:9.3f}")
     report = {"scores": scores, "seconds": time.perf_counter() - started,
               "environment": environment(policy)}
-    write_json(out / "report.json", report)
+    on_rank_0(write_json, out / "config.json", asdict(cfg))
+    on_rank_0(write_json, out / "report.json", report)
     return report
 
 
 def os_sentence(error: OSError, out: Path) -> str:
-    """What a file or a disk did, and what to do about it."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full: make room, then go on with --resume {out}; nothing saved is lost"
+    """What a file or folder did not allow, and what to do about it."""
     return (f"{error.filename or out}: {error.strerror or error}: "
             "mend that, or give a run folder that can be written with --out")
 
 
 def failure_sentence(error: Exception, out: Path, cfg: Config) -> str:
     """What stopped a run, for the user; empty when it is nothing that a user can mend."""
+    text = str(error).lower()
     if isinstance(error, (RunError, tasks.LoadError, tasks.JudgeError)):
         return str(error)
+    if "no space left" in text or getattr(error, "errno", 0) == errno.EDQUOT:  # of any library
+        return f"the disk is full: make room, then go on with --resume {out}; nothing saved is lost"
     if isinstance(error, OSError):
         return os_sentence(error, out)
-    text = str(error).lower()
     if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:
         return (f"out of memory: lower --micro-tokens (now {cfg.micro_tokens}; --resume {out} "
                 "accepts it too), then in a new run --prompts, --max-new-tokens, --rollouts and "
