@@ -1,7 +1,9 @@
-"""Tests of VC-OPD, in the order of the code: the method first, then the tasks and their judge."""
+"""Tests of VC-OPD in the order of the code: the method, running it, the tasks and their judge."""
 
 import ast
 import bisect
+import contextlib
+import errno
 import functools
 import gzip
 import hashlib
@@ -13,6 +15,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import statistics
@@ -24,13 +27,14 @@ import time
 import tokenize
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 import tasks
@@ -1417,6 +1421,1212 @@ def test_the_exported_adapter_is_the_student_in_peft(architecture, step_1, toy, 
     torch.testing.assert_close(exported(torch.tensor([ids])).logits[0], expected,
                                atol=1e-4, rtol=1e-4)
     assert not torch.allclose(model_logits(policy, vcopd.BASE, ids), expected, atol=1e-2)
+
+
+# =============================================================================================
+# Real models: checks, teachers, NF4, adapters in PEFT's format
+# =============================================================================================
+
+CHATML = ("{% for m in messages %}<|user|>{{ m.content }}<|end|>{% endfor %}"
+          "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+SHAPE = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+         "eos_token_id": 0, "bos_token_id": None, "pad_token_id": 0}
+OPTIONS = {  # what an architecture adds to SHAPE, or has in its place
+    "llama": {}, "qwen2": {}, "qwen3": {"head_dim": 8},
+    "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16,
+               "final_logit_softcapping": 0.5},
+    "gpt2": {"n_inner": 48}, "mixtral": {"num_local_experts": 2}, "mamba": {}, "cohere": {},
+    "granite": {"logits_scaling": 8.0}, "bert": {}, "t5": {}}
+SUPPORTED = ["llama", "qwen2", "qwen3", "gemma2", "gpt2"]
+
+
+def small_tokenizer(bos: bool = False, template: str | None = CHATML, eos: bool = True):
+    """A byte-level BPE; with `bos`, one that writes it in front of everything by itself."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    special = ["<|text|>", "<|end|>", "<|user|>", "<|assistant|>", "<s>"]
+    bpe.train_from_iterator(["def f(x):\n    return x"], trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    if bos:
+        bpe.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", special.index("<s>"))])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, chat_template=template,
+                                   eos_token="<|text|>" if eos else None,
+                                   bos_token="<s>" if bos else None)
+
+
+def save_small(folder: Path, kind: str = "llama", tokenizer=None, **options) -> str:
+    """A random model of an architecture, as Hugging Face saves one."""
+    from transformers import AutoConfig, AutoModelForCausalLM, T5ForConditionalGeneration
+    config = AutoConfig.for_model(kind, **{**SHAPE, **OPTIONS[kind], **options})
+    torch.manual_seed(len(kind))
+    model = (T5ForConditionalGeneration(config) if kind == "t5"
+             else AutoModelForCausalLM.from_config(config))
+    with torch.no_grad():  # at its initial scale a head says nothing
+        model.get_output_embeddings().weight.mul_(5)
+    model.save_pretrained(folder)
+    (tokenizer or small_tokenizer()).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """Folders of the supported architectures, made once."""
+    return {kind: save_small(tmp_path_factory.mktemp(kind) / "model", kind) for kind in SUPPORTED}
+
+
+def config(model: str, **options) -> vcopd.Config:
+    """Small sizes, and float32."""
+    return vcopd.Config(**{"model": model, "device": "cpu", "lora_rank": 4, "lora_alpha": 8.0,
+                           "format_rank": 2, "max_new_tokens": 12, **options})
+
+
+def moved_policy(cfg: vcopd.Config) -> vcopd.Policy:
+    """A policy after Step 1 and training, as far as its adapters are concerned: both do much."""
+    policy = vcopd.load_policy(cfg, None)
+    vcopd.add_format_adapter(policy, cfg)
+    generator = vcopd.seeded("moved")
+    for name in ("format", "policy"):
+        for weight in vcopd.adapter_parameters(policy.model, name):
+            weight.data = torch.randn(weight.shape, generator=generator) * 0.2
+    return policy
+
+
+IDS = torch.tensor([[7, 30, 80, 81, 200, 45, 9, 130, 22, 60]])
+
+
+@torch.no_grad()
+def logits_of(policy: vcopd.Policy, role: tuple[str, ...]) -> torch.Tensor:
+    """The logits (L, V) of a role."""
+    with vcopd.adapters(policy.model, role):
+        return policy.model(IDS).logits[0]
+
+
+def rollouts(policy: vcopd.Policy, cfg: vcopd.Config) -> vcopd.Batch:
+    """Two answers to each of two prompts of different length."""
+    prompts = [policy.encode("def f(x):"), policy.encode("repair this: def f(x):\n    return")]
+    return vcopd.sample(policy, policy.student, prompts, 2, cfg, vcopd.seeded("rollouts"))
+
+
+# ------------------------------------------------------------------- export and merging
+
+
+@pytest.mark.parametrize("kind", SUPPORTED)
+def test_the_exported_adapter_gives_the_same_logits_in_peft(kind, models, tmp_path):
+    """Format and policy adapter leave as one: the sum of two low ranks is one low rank."""
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+    policy = moved_policy(config(models[kind]))
+    vcopd.export_adapter(tmp_path / "adapter", policy)
+    base = AutoModelForCausalLM.from_pretrained(models[kind])
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    ours = logits_of(policy, policy.student)
+    assert (ours - logits_of(policy, vcopd.BASE)).abs().max() > 0.1
+    assert torch.allclose(theirs(IDS).logits[0], ours, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", SUPPORTED)
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_the_merged_model_is_plain_and_gives_the_same_logits(kind, quantize, models, tmp_path):
+    """People take the result to tools that know no adapters."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    if (kind, quantize) == ("gpt2", "nf4"):
+        with pytest.raises(vcopd.RunError, match="gpt2, whose Conv1D"):
+            vcopd.load_policy(config(models[kind], quantize=quantize), None)
+        return
+    policy = moved_policy(config(models[kind], quantize=quantize))
+    before = logits_of(policy, vcopd.BASE)
+    vcopd.export_merged(tmp_path / "plain", policy)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain").eval()
+    ours = logits_of(policy, policy.student)
+    assert torch.allclose(plain(IDS).logits[0], ours, atol=1e-5)
+    assert torch.equal(logits_of(policy, vcopd.BASE), before)  # merging is no side effect
+    assert AutoTokenizer.from_pretrained(tmp_path / "plain").chat_template == CHATML
+
+
+def peft_folder(base: str, folder: Path, **options) -> Path:
+    """An adapter as PEFT writes it, with weights that do something."""
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained(base)
+    settings = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj", "down_proj"],
+                "task_type": "CAUSAL_LM", **options}
+    model = peft.get_peft_model(model, peft.LoraConfig(**settings))
+    torch.manual_seed(1)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(0, 0.3)
+    model.save_pretrained(folder)
+    return folder
+
+
+def peft_logits(base: str, folder: Path) -> torch.Tensor:
+    """What PEFT makes of a folder: (L, V)."""
+    import peft
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained(base)
+    return peft.PeftModel.from_pretrained(model, folder).eval()(IDS).logits[0].detach()
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"use_rslora": True}, {"rank_pattern": {"v_proj": 2}}, {"target_modules": "all-linear"}])
+def test_a_peft_folder_made_elsewhere_is_a_specialist_teacher(options, models, tmp_path):
+    """Also with fewer layers, with ranks that differ, and with rank-stabilised scaling."""
+    folder = peft_folder(models["llama"], tmp_path / "adapter", **options)
+    policy = vcopd.load_policy(config(models["llama"], teacher=str(folder)), None)
+    assert policy.teacher == (policy, ("specialist",))
+    expected = peft_logits(models["llama"], folder)
+    assert torch.allclose(logits_of(policy, ("specialist",)), expected, atol=1e-5)
+    assert torch.equal(logits_of(policy, policy.student), logits_of(policy, vcopd.BASE))
+    assert not any(p.requires_grad for p in vcopd.adapter_parameters(policy.model, "specialist"))
+
+
+def test_a_peft_folder_as_the_model_is_where_training_starts(models, tmp_path):
+    """It is frozen into the reference, and what is exported is the whole way from its base."""
+    folder = peft_folder(models["llama"], tmp_path / "start", rank_pattern={"v_proj": 2})
+    expected = peft_logits(models["llama"], folder)
+    policy = vcopd.load_policy(config(str(folder)), None)
+    assert policy.reference == ("start",) and policy.student == ("start", "policy")
+    assert torch.allclose(logits_of(policy, policy.student), expected, atol=1e-5)
+    policy = moved_policy(config(str(folder)))
+    assert policy.student == ("start", "format", "policy")
+    vcopd.export_adapter(tmp_path / "adapter", policy)
+    assert torch.allclose(peft_logits(models["llama"], tmp_path / "adapter"),
+                          logits_of(policy, policy.student), atol=1e-5)
+
+
+@pytest.mark.parametrize("options, named", [
+    ({"use_dora": True}, "use_dora"), ({"bias": "all"}, "bias"),
+    ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+    ({"init_lora_weights": "olora"}, "init_lora_weights is 'olora'"),
+    ({"alpha_pattern": {"v_proj": 2}}, "alpha_pattern")])
+def test_an_adapter_that_is_not_plain_lora_is_refused_by_name(options, named, models, tmp_path):
+    """Loading it as if it were would be a wrong teacher that nobody notices."""
+    folder = peft_folder(models["llama"], tmp_path / "adapter", **options)
+    with pytest.raises(vcopd.RunError, match=f"not plain LoRA: {named}"):
+        vcopd.load_policy(config(models["llama"], teacher=str(folder)), None)
+
+
+def test_an_adapter_for_another_model_is_refused(models, tmp_path):
+    """Other sizes, other layer names, and no weights at all."""
+    wide = save_small(tmp_path / "wide", intermediate_size=64)
+    folder = peft_folder(wide, tmp_path / "adapter")
+    with pytest.raises(vcopd.RunError, match="made for another model: .*down_proj"):
+        vcopd.load_policy(config(models["llama"], teacher=str(folder)), None)
+    folder = peft_folder(models["llama"], tmp_path / "head", target_modules=["lm_head"])
+    with pytest.raises(vcopd.RunError, match="adapts base_model.model.lm_head"):
+        vcopd.load_policy(config(models["llama"], teacher=str(folder)), None)
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(vcopd.RunError, match="adapter_model.safetensors cannot be read"):
+        vcopd.load_policy(config(models["llama"], teacher=str(folder)), None)
+
+
+# ------------------------------------------------------------------- teachers
+
+
+@pytest.mark.parametrize("kind", SUPPORTED)
+@pytest.mark.parametrize("teacher", ["self", "stronger"])
+def test_a_teacher_who_is_the_student_with_the_same_prompt_has_no_gap(kind, teacher, models,
+                                                                      monkeypatch):
+    """Exactly 0 on every token, whatever the architecture: contexts and tokens are aligned."""
+    cfg = config(models[kind], teacher=models[kind] if teacher == "stronger" else "self")
+    policy = vcopd.load_policy(cfg, None)
+    monkeypatch.setattr(tasks, "privileged_prompt", lambda example: example.prompt)
+    examples = [tasks.Example("", prompt, "", "") for prompt in ("def f(x):", "x" * 40)]
+    prompts = [policy.encode(example.prompt) for example in examples]
+    batch = vcopd.sample(policy, policy.student, prompts, 2, cfg, vcopd.seeded("rollouts"))
+    parts = vcopd.ask_reference(policy, batch, torch.zeros(4), cfg)
+    rows = [example for example in examples for _ in range(2)]
+    for part in parts:
+        part.logp_teacher = vcopd.ask_teacher(policy, part, rows, cfg)
+    state = vcopd.State(torch.optim.Adam(vcopd.adapter_parameters(policy.model, "policy")), 0.01)
+    vcopd.update(policy, parts, None, state, cfg)
+    for part in parts:
+        assert part.logp_old[part.batch.mask].abs().min() > 0
+        assert torch.equal(part.gap, torch.zeros_like(part.gap))
+
+
+def test_a_stronger_teacher_reads_the_prompt_in_its_own_template(models, tmp_path, monkeypatch):
+    """Same ids, another chat template: each model is asked in the form that it knows."""
+    other = small_tokenizer(template=CHATML.replace("<|user|>", "<|user|>Please: "))
+    folder = save_small(tmp_path / "teacher", hidden_size=64, tokenizer=other)
+    policy = vcopd.load_policy(config(models["llama"], teacher=folder), None)
+    seen, scoring = [], vcopd.completion_hidden
+    monkeypatch.setattr(vcopd, "completion_hidden", lambda policy, role, batch: (
+        seen.append(batch.contexts[0]), scoring(policy, role, batch))[1])
+    batch = rollouts(policy, config(models["llama"]))
+    part = vcopd.ask_reference(policy, batch, torch.zeros(4), config(models["llama"]))[0]
+    example = tasks.Example("", "question", "", "the secret")
+    vcopd.ask_teacher(policy, part, [example] * 4, config(models["llama"]))
+    text = policy.tokenizer.decode(seen[-1])
+    assert text.startswith("<|user|>Please: question") and "the secret" in text
+
+
+def test_a_teacher_with_another_tokenizer_is_refused(models, tmp_path):
+    """Its probabilities would be about other tokens."""
+    other = vcopd.train_tokenizer(["another text"], 300)
+    folder = save_small(tmp_path / "teacher", tokenizer=other)
+    with pytest.raises(vcopd.RunError, match="another tokenizer than the student"):
+        vcopd.load_policy(config(models["llama"], teacher=folder), None)
+
+
+# ------------------------------------------------------------------- prompts and stop tokens
+
+
+@pytest.mark.parametrize("kind", ["template writes it", "template leaves it out", "no template"])
+def test_a_prompt_begins_with_exactly_one_bos(kind, models):
+    """A template may write BOS, and so may the tokenizer: twice is as wrong as never."""
+    template = {"template writes it": "{{ bos_token }}" + CHATML,
+                "template leaves it out": CHATML, "no template": None}[kind]
+    tokenizer = small_tokenizer(bos=True, template=template)
+    policy = replace(vcopd.load_policy(config(models["llama"]), None), tokenizer=tokenizer)
+    example = tasks.Example("", "def f(x):", "return", "a hint")
+    for prompt in (example.prompt, tasks.privileged_prompt(example)):
+        ids = policy.encode(prompt)
+        assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
+        assert prompt in tokenizer.decode(ids)
+    no_bos = replace(policy, tokenizer=small_tokenizer(bos=False, template=template))
+    assert no_bos.encode("def")[0] != tokenizer.bos_token_id
+
+
+def test_thinking_is_switched_off_where_a_template_offers_it(models):
+    """Qwen3 would think for longer than the longest answer; the format asks for the answer."""
+    template = CHATML + "{% if enable_thinking is sameas(false) %}!{% endif %}"
+    policy = replace(vcopd.load_policy(config(models["llama"]), None),
+                     tokenizer=small_tokenizer(template=template))
+    assert policy.tokenizer.decode(policy.encode("Q")).endswith("<|assistant|>!")
+
+
+def test_every_stop_token_is_known_and_sft_teaches_the_end_of_turn(tmp_path):
+    """As with Llama 3 and Gemma: tokenizer, template and generation config name different ones,
+    and the smallest id is not the one that ends an answer."""
+    folder = save_small(tmp_path / "model", eos_token_id=[0, 3])
+    policy = vcopd.load_policy(config(folder), None)
+    end = policy.tokenizer.convert_tokens_to_ids("<|end|>")
+    assert policy.stop_ids.tolist() == [end, 0, 3]
+    batch = vcopd.reference_batch(policy, [tasks.Example("", "Q", "return x", "")])
+    assert batch.completion[0, -1] == end and batch.mask.all()
+    assert policy.decode(batch) == ["return x"]
+    plain = small_tokenizer(template=None)
+    assert vcopd.stop_tokens(plain, policy.model.generation_config) == [0, 3]
+
+
+def test_a_tokenizer_without_an_end_token_is_refused(tmp_path):
+    """No answer could end, and padding would have no id."""
+    folder = save_small(tmp_path / "model", tokenizer=small_tokenizer(eos=False))
+    with pytest.raises(vcopd.RunError, match="without an end-of-sequence token"):
+        vcopd.load_policy(config(folder), None)
+
+
+def test_decoding_does_not_tidy_up_code(models):
+    """Tokenizers that clean up spaces turn `a != b` into `a!= b`."""
+    tokenizer = small_tokenizer()
+    tokenizer.clean_up_tokenization_spaces = True
+    tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True
+    policy = replace(vcopd.load_policy(config(models["llama"]), None), tokenizer=tokenizer)
+    ids = torch.tensor([tokenizer("a != b , c").input_ids])
+    batch = vcopd.Batch([[1]], ids, torch.ones_like(ids, dtype=torch.bool))
+    assert policy.decode(batch) == ["a != b , c"]
+
+
+# ------------------------------------------------------------------- what is refused, and how
+
+
+@pytest.mark.parametrize("kind, why", [
+    ("mixtral", "mixtral, .*layers.0.mlp.*fused experts"), ("mamba", "mamba, .*state spaces"),
+    ("cohere", "cohere, .*logits differ"), ("granite", "granite, .*logits differ"),
+    ("bert", "bert, .*logits differ"), ("t5", "not a causal language model")])
+def test_an_architecture_that_is_not_supported_is_refused_by_name(kind, why, tmp_path):
+    """Before anything is trained wrongly: the start-up check knows what the code relies on."""
+    folder = save_small(tmp_path / "model", kind)
+    with pytest.raises(vcopd.RunError, match=why):
+        vcopd.load_policy(config(folder), None)
+
+
+def test_weights_that_are_missing_are_not_drawn_at_random(models, tmp_path):
+    """transformers only warns."""
+    from safetensors.torch import load_file, save_file
+    folder = Path(save_small(tmp_path / "model"))
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(vcopd.RunError, match="no weights for model.layers.1.mlp.up_proj.weight"):
+        vcopd.load_policy(config(str(folder)), None)
+
+
+@pytest.mark.parametrize("name, why", [
+    ("empty", "the folder holds no config.json"),
+    ("./nowhere/at/all", "there is no such folder, and it is no Hugging Face id")])
+def test_a_model_that_is_not_there_is_one_sentence(name, why, tmp_path, monkeypatch):
+    """And it says what can be given instead."""
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    with pytest.raises(vcopd.RunError, match=f"{name} cannot be loaded: {why}; give tiny"):
+        vcopd.load_policy(config(name), None)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_damaged_file_is_one_sentence(file, tmp_path):
+    """Half a download, say."""
+    folder = Path(save_small(tmp_path / "model"))
+    (folder / file).write_bytes((folder / file).read_bytes()[:100])
+    with pytest.raises(vcopd.RunError, match=f"{folder} cannot be loaded: .*; give tiny") as error:
+        vcopd.load_policy(config(str(folder)), None)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unreachable_hub_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
+    """As the user sees it: no traceback."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    cfg = config("owner/name", task="arithmetic", out=str(tmp_path / "run"))
+    assert vcopd.main(cfg, False) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("vcopd.py: owner/name cannot be loaded: ") and shown.count("\n") == 1
+
+
+def test_memory_is_estimated_before_loading_and_refused_only_when_hopeless(models, monkeypatch,
+                                                                            capsys):
+    """The estimate of weights and adapters is exact; that of activations is an upper bound."""
+    cfg = config(models["qwen2"])
+    policy = vcopd.load_policy(cfg, None)
+    _, plan = vcopd.read_plan(models["qwen2"])
+    needed = vcopd.memory_needed(plan, torch.float32, cfg)
+    adapters = vcopd.named_adapters(policy.model)
+    assert needed["adapters and optimiser"] == 4 * sum(4 * p.numel() for p in adapters.values())
+    frozen = [p for name, p in policy.model.named_parameters() if name not in adapters]
+    assert needed["weights"] == sum(4 * p.numel() for p in frozen)
+    monkeypatch.setattr(vcopd, "free_memory", lambda device: sum(needed.values()) / 1.5)
+    vcopd.load_policy(cfg, None)
+    monkeypatch.setattr(vcopd, "free_memory", lambda device: 100_000)
+    with pytest.raises(vcopd.RunError, match="are free: lower --micro-tokens, try --quantize nf4"):
+        vcopd.load_policy(cfg, None)
+
+
+# ------------------------------------------------------------------- activations, and NF4
+
+
+@pytest.mark.parametrize("kind", SUPPORTED)
+def test_recomputed_layers_give_the_same_gradients(kind, models, monkeypatch):
+    """The backward pass computes layers again when their adapters are long switched off."""
+    cfg, gradients = config(models[kind]), []
+    for threshold in (10**9, 0):
+        monkeypatch.setattr(vcopd, "RECOMPUTE_FROM", threshold)
+        policy = moved_policy(cfg)
+        calls, forward = [], vcopd.LoRALinear.forward
+        monkeypatch.setattr(vcopd.LoRALinear, "forward",
+                            lambda layer, x, calls=calls, forward=forward: (
+                                calls.append(layer.active), forward(layer, x))[1])
+        batch = rollouts(policy, cfg)
+        calls.clear()
+        vcopd.nll_loss(policy, policy.student, batch, 1.0, 10).backward()
+        monkeypatch.setattr(vcopd.LoRALinear, "forward", forward)
+        layers = len(vcopd.lora_layers(policy.model))
+        assert calls == [policy.student] * layers * (1 if threshold else 2)
+        weights = vcopd.adapter_parameters(policy.model, "policy")
+        gradients.append(torch.cat([weight.grad.flatten() for weight in weights]))
+    assert gradients[0].abs().max() > 0 and torch.equal(*gradients)
+
+
+def dense(out: int, inp: int, scale: float = 1.0) -> torch.nn.Linear:
+    """A linear layer with normal weights."""
+    layer = torch.nn.Linear(inp, out)
+    layer.weight.data = torch.randn(out, inp, generator=vcopd.seeded("dense")) * scale
+    return layer
+
+
+def test_nf4_holds_the_nearest_code_times_the_largest_weight_of_its_block():
+    """By a search over all sixteen codes; a block of zeros stays zero, odd sizes are padded."""
+    layer = dense(7, 25)
+    layer.weight.data[:3] = 0  # the whole first block
+    got = vcopd.NF4Linear(layer).weight.flatten()
+    flat = layer.weight.detach().flatten()
+    for start in range(0, len(flat), 64):
+        block = flat[start:start + 64]
+        values = torch.tensor(vcopd.NF4) * block.abs().max()
+        nearest = (block[:, None] - values).abs().min(1).values
+        assert torch.allclose((block - got[start:start + 64]).abs(), nearest, atol=1e-6)
+    assert got[:64].abs().max() == 0
+
+
+def test_nf4_equals_bitsandbytes():
+    """Value for value, where that is installed."""
+    functional = pytest.importorskip("bitsandbytes").functional
+    layer = dense(96, 128, 0.02)
+    packed, state = functional.quantize_4bit(layer.weight.data, blocksize=64, quant_type="nf4")
+    ours = vcopd.NF4Linear(layer)
+    assert torch.equal(ours.packed, packed.flatten())
+    assert torch.equal(ours.absmax.flatten(), state.absmax)
+    assert torch.equal(ours.weight, functional.dequantize_4bit(packed, state))
+
+
+def test_nf4_takes_about_a_quarter_and_computes_in_the_dtype_of_the_model():
+    """4 bits and a float32 for 64 weights: 0.28 of bfloat16."""
+    layer = dense(256, 512).bfloat16()
+    ours = vcopd.NF4Linear(layer)
+    size = sum(t.nbytes for t in (ours.packed, ours.absmax))
+    assert size / layer.weight.nbytes == pytest.approx(0.28, abs=0.01)
+    x = torch.randn(3, 512, generator=vcopd.seeded("x")).bfloat16()
+    assert torch.equal(ours(x), F.linear(x, ours.weight, layer.bias))
+    assert ours(x).dtype == torch.bfloat16
+    assert not ours.weight.requires_grad
+
+
+def test_all_roles_work_on_a_quantised_base(models, tmp_path):
+    """Only attention and MLP are quantised; format, specialist and policy act on top."""
+    folder = peft_folder(models["llama"], tmp_path / "adapter")
+    policy = moved_policy(config(models["llama"], quantize="nf4", teacher=str(folder)))
+    assert all(isinstance(layer.base, vcopd.NF4Linear)
+               for layer in vcopd.lora_layers(policy.model).values())
+    facts = vcopd.environment(policy)
+    plain = vcopd.load_policy(config(models["llama"]), None)
+    assert facts["frozen_parameters"] == vcopd.environment(plain)["frozen_parameters"]
+    roles = [vcopd.BASE, policy.reference, policy.student, ("specialist",)]
+    logits = [logits_of(policy, role) for role in roles]
+    assert all((one - two).abs().max() > 0.01 for one, two in zip(logits, logits[1:], strict=False))
+    assert (logits[0] - logits_of(plain, vcopd.BASE)).abs().max() > 1e-4
+
+
+# ------------------------------------------------------------------- whole runs
+
+
+def own_data(folder: Path) -> dict[str, str]:
+    """A raw HumanEvalPack file, and a benchmark in HumanEval's format."""
+    code = {"raw": {"task_id": "P/0", "declaration": "def g(x):\n", "entry_point": "g",
+                    "buggy_solution": "    return x", "canonical_solution": "    return x * 2",
+                    "test": "def check(g):\n    assert g(2) == 4\n\ncheck(g)"},
+            "bench": {"task_id": "H/0", "prompt": 'def h(x):\n    """Add one."""\n',
+                      "canonical_solution": "    return x + 1", "entry_point": "h",
+                      "test": "def check(candidate):\n    assert candidate(2) == 3"}}
+    for name, row in code.items():
+        (folder / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    return {name: str(folder / f"{name}.jsonl") for name in code}
+
+
+def test_a_benchmark_program_is_judged_by_its_tests(tmp_path):
+    """Not by comparing words with the reference: another right program is right."""
+    example = tasks.load_benchmark(own_data(tmp_path)["bench"])[0]
+    assert tasks.verify_skill(example, "def h(x):\n    return 1 + x").passed
+    assert not tasks.verify_skill(example, "def h(x):\n    return x").passed
+
+
+def test_eval_only_scores_an_adapter_on_a_data_file_and_trains_nothing(models, tmp_path, capsys):
+    """The same table, without a before; the KL says how far the adapter is from its base."""
+    files = own_data(tmp_path)
+    folder = peft_folder(models["llama"], tmp_path / "adapter")
+    cfg, _ = vcopd.read_config([
+        "--model", str(folder), "--eval-only", "--eval-data", files["raw"], "--benchmark",
+        files["bench"], "--max-new-tokens", "8", "--eval-problems", "2", "--device", "cpu"])
+    assert cfg.out == "runs/codeedit-eval"
+    assert vcopd.main(replace(cfg, out=str(tmp_path / "run")), False) == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report.keys() == {"scores", "seconds", "environment"}
+    assert report["scores"]["eval_data"]["pass@1"] == 0.0
+    assert report["scores"]["kl_to_base"] > 0.001
+    assert "programs" in report["scores"]["general"]
+    written = {path.name for path in (tmp_path / "run").iterdir()}
+    assert written == {"config.json", "report.json"}
+    printed = capsys.readouterr().out
+    assert "eval_data pass@1" in printed and "before" not in printed
+
+
+def test_a_quantised_run_completes_and_its_results_load(monkeypatch, tmp_path):
+    """Built-in model, NF4, Step 1, training, adapter and merged model: the whole way."""
+    from transformers import AutoModelForCausalLM
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(vcopd, "TINY_RECIPE", {
+        **vcopd.TINY_RECIPE, "documents": 60, "steps": 2, "hidden": 32, "layers": 2})
+    cfg, _ = vcopd.read_config([
+        "--task", "arithmetic", "--quantize", "nf4", "--steps", "2", "--prompts", "2",
+        "--rollouts", "2", "--eval-problems", "2", "--eval-every", "2", "--format-examples", "4",
+        "--max-new-tokens", "8", "--device", "cpu", "--out", str(tmp_path / "run"),
+        "--merge", str(tmp_path / "plain")])
+    assert vcopd.main(cfg, False) == 0
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert sum(p.numel() for p in plain.parameters()) > 0
+    assert vcopd.main(cfg, False) == 2  # the folder to merge into is taken
+
+
+@pytest.mark.parametrize("arguments", [["--merge", "F"], ["--steps", "3"], ["--teacher", "none"]])
+def test_what_only_training_needs_is_refused_with_eval_only(arguments, capsys):
+    """An option that would do nothing misleads."""
+    with pytest.raises(SystemExit):
+        vcopd.read_config(["--eval-only", *arguments])
+    assert f"{arguments[0]} does nothing with --eval-only" in capsys.readouterr().err
+
+
+# =============================================================================================
+# Survival: interruption, bad input, several processes
+# =============================================================================================
+
+HERE = Path(vcopd.__file__).parent
+
+# =============================================================================================
+# Helpers: a base of some thousand parameters, and whole runs of a second
+# =============================================================================================
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory) -> Path:
+    """A random model and a tokenizer in a folder, as --model takes it."""
+    folder, rng = tmp_path_factory.mktemp("base"), random.Random(0)
+    texts = [text for _ in range(100) for text in tasks.sum_document(rng)]
+    tokenizer = vcopd.train_tokenizer(texts, 280)
+    recipe = {**vcopd.TINY_RECIPE, "hidden": 16, "layers": 1, "heads": 2}
+    vcopd.new_tiny(tokenizer, recipe).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def even_length(example, answer: str) -> tasks.Verdict:
+    """A verifier of which a random model gets some right."""
+    right = len(answer) % 2 == 0
+    return tasks.Verdict(2.0 * right - 1, right, True, "ok" if right else "wrong", {})
+
+
+def small_task() -> tasks.Task:
+    """Arithmetic with an easy verifier and little to evaluate."""
+    task = tasks.arithmetic()
+    return replace(task, verify=even_length, anchors=task.anchors[::20],
+                   benchmark=task.benchmark[25::20])
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The small task under the name of arithmetic."""
+    monkeypatch.setitem(tasks.TASKS, "arithmetic", small_task)
+
+
+@pytest.fixture(scope="session")
+def whole(base, tmp_path_factory) -> dict[str, Path]:
+    """For two methods, the folder of a run that nothing disturbed."""
+    folders = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(tasks.TASKS, "arithmetic", small_task)
+        for method in ("vcopd", "sft"):
+            folders[method] = tmp_path_factory.mktemp("whole") / method
+            assert run(options(base, folders[method], "--method", method)) == 0
+    return folders
+
+
+@pytest.fixture
+def done(whole, small, tmp_path) -> Path:
+    """A copy of such a run, to spoil."""
+    return shutil.copytree(whole["vcopd"], tmp_path / "run")
+
+
+def options(base: Path, out: Path, *more: str) -> list[str]:
+    """A command line for a run of six steps that takes about a second."""
+    return ["--task", "arithmetic", "--model", str(base), "--out", str(out), "--steps", "6",
+            "--prompts", "2", "--rollouts", "2", "--max-new-tokens", "6", "--eval-problems", "2",
+            "--save-every", "2", "--eval-every", "4", "--lr", "0.01", "--lora-rank", "2",
+            "--format-threshold", "0", *more,
+            *([] if "sft" in more else ["--replay-every", "3"])]
+
+
+def run(arguments: list[str]) -> int:
+    """What `python vcopd.py ARGUMENTS` does, in this process: its exit code."""
+    try:
+        return vcopd.main(*vcopd.read_config(arguments))
+    except SystemExit as stop:
+        return stop.code
+
+
+def results(out: Path) -> tuple:
+    """All that a run leaves which must not depend on its history."""
+    report = json.loads((out / "report.json").read_text("utf-8"))
+    names = ("metrics.jsonl", "samples.jsonl", "adapter/adapter_model.safetensors")
+    return report["before"], report["after"], *((out / name).read_bytes() for name in names)
+
+
+def in_child(function, *args) -> int:
+    """Call it in a forked process that can die without harm: its wait status."""
+    pid = os.fork()
+    if pid == 0:
+        tasks.pool.cache_clear()  # the judge's servers belong to the parent
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(quiet, 1)
+        os.dup2(quiet, 2)
+        try:
+            os._exit(function(*args) or 0)
+        except BaseException:
+            os._exit(99)
+    return os.waitpid(pid, 0)[1]
+
+
+class FailingSync:
+    """os.fsync that does something dreadful when it is called for the nth time."""
+
+    def __init__(self, nth: int, dreadful):
+        self.left, self.dreadful, self.real = nth, dreadful, os.fsync
+
+    def __call__(self, fd: int) -> None:
+        self.left -= 1
+        if self.left == 0:
+            self.dreadful(fd)
+        self.real(fd)
+
+
+def cut_and_die(fd: int) -> None:
+    """SIGKILL while the file is written: its last bytes are missing."""
+    with contextlib.suppress(OSError):  # a folder
+        os.ftruncate(fd, max(os.fstat(fd).st_size - 7, 0))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_and_die(arguments: list[str], nth: int) -> int:
+    """A run that is killed at its nth write."""
+    os.fsync = FailingSync(nth, cut_and_die)
+    return run(arguments)
+
+
+def one_error(capsys) -> str:
+    """The only line on the error stream besides progress bars; it is no traceback."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if line and "%|" not in line]
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("vcopd.py: ") and "Traceback" not in lines[0]
+    return lines[0]
+
+
+# =============================================================================================
+# Interruption
+# =============================================================================================
+
+
+# The writes of a run: 2 for each of config, metrics, samples, and checkpoint 0, then 1 or 2 for
+# each step's lines and 2 for each checkpoint.
+@pytest.mark.parametrize(("method", "nth"), [("vcopd", 3), ("vcopd", 15), ("sft", 13)])
+def test_a_run_killed_while_it_writes_ends_as_if_nothing_had_happened(
+        method, nth, base, whole, small, tmp_path):
+    """Killed before the first checkpoint, in a line of metrics, in a checkpoint; then resumed."""
+    out = tmp_path / "killed"
+    arguments = options(base, out, "--method", method)
+    assert in_child(run_and_die, arguments, nth) == signal.SIGKILL
+    assert not (out / "report.json").exists()
+    assert run(["--resume", str(out)]) == 0
+    assert results(out) == results(whole[method])
+    assert not list(out.glob("**/*.new"))
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-20], lambda data: b"",
+                                    lambda data: data[:99] + b"\0" + data[100:]])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+        damage, whole, done, capsys):
+    """A disk may lose what it said was written. Half a state would train on, to a wrong end."""
+    newest = done / "checkpoint" / "00000006.pt"
+    newest.write_bytes(damage(newest.read_bytes()))
+    (done / "report.json").unlink()
+    assert run(["--resume", str(done)]) == 0
+    printed = capsys.readouterr().out
+    assert f"{newest} is damaged" in printed and "resuming after step 4" in printed
+    assert results(done) == results(whole["vcopd"])
+
+
+def test_two_checkpoints_are_kept(done):
+    """One to go on from, and one for when that is damaged; more would fill the disk."""
+    names = [path.name for path in sorted((done / "checkpoint").iterdir())]
+    assert names == ["00000004.pt", "00000006.pt"]
+
+
+def test_a_finished_run_says_so_and_can_be_prolonged(base, whole, done, tmp_path, capsys):
+    """--resume in a script's loop must end; 6 steps and 2 more are 8 steps."""
+    assert run(["--resume", str(done)]) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert results(done) == results(whole["vcopd"])
+    assert run(["--resume", str(done), "--steps", "8"]) == 0
+    assert run(options(base, tmp_path / "straight", "--steps", "8")) == 0
+    assert results(done) == results(tmp_path / "straight")
+    assert run(["--resume", str(done)]) == 0  # 8 is now what it was asked for
+
+
+def test_a_new_run_destroys_no_other(base, whole, done, capsys):
+    """A newcomer repeats the same command; somebody else forgets --out after changing --lr."""
+    assert run(options(base, done)) == 0  # the same again: the same results
+    assert results(done) == results(whole["vcopd"])
+    capsys.readouterr()
+    assert run(options(base, done, "--lr", "0.02")) == 2
+    assert "--out" in one_error(capsys)
+    report = (done / "report.json").read_bytes()
+    (done / "report.json").unlink()
+    assert run(options(base, done)) == 2
+    assert f"--resume {done}" in one_error(capsys)
+    (done / "report.json").write_bytes(report)
+    assert results(done) == results(whole["vcopd"])
+
+
+@pytest.mark.parametrize(("where", "nth", "saved"), [
+    ("sample", 1, False), ("evaluate", 1, False), ("train_step", 3, True),
+    ("verify_all", 10, True), ("refresh_replay", 2, True), ("probe", 1, True),
+    ("evaluate", 2, True)])
+def test_ctrl_c_anywhere_leaves_a_run_that_goes_on_to_the_same_end(
+        where, nth, saved, base, whole, small, tmp_path, monkeypatch, capsys):
+    """Sampling, judging, training, evaluation: each is a place where people lose patience."""
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(vcopd, where, Pressed(getattr(vcopd, where), nth))
+        capsys.readouterr()
+        assert run(options(base, out)) == 130
+    assert f"python vcopd.py --resume {out}" in capsys.readouterr().out
+    assert bool(list(out.glob("checkpoint/*.pt"))) == saved
+    assert run(["--resume", str(out)]) == 0
+    assert results(out) == results(whole["vcopd"])
+
+
+class Pressed:
+    """A function during whose nth call Ctrl-C is pressed, so many times."""
+
+    def __init__(self, function, nth: int, times: int = 1):
+        self.function, self.left, self.times = function, nth, times
+
+    def __call__(self, *args):
+        self.left -= 1
+        for _ in range(self.times if self.left == 0 else 0):
+            os.kill(os.getpid(), signal.SIGINT)
+        return self.function(*args)
+
+
+def test_a_second_ctrl_c_ends_at_once(base, small, tmp_path, monkeypatch):
+    """A step of a large model takes minutes."""
+    monkeypatch.setattr(vcopd, "sample", Pressed(vcopd.sample, 9, times=2))
+    monkeypatch.setattr(vcopd, "probe", None)  # must not come to that
+    handler = signal.getsignal(signal.SIGINT)
+    assert run(options(base, tmp_path / "run", "--eval-every", "1")) == 130
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_ctrl_c_before_anything_was_begun_does_not_promise_a_resume(
+        base, small, tmp_path, monkeypatch, capsys):
+    """While the base is built there is nothing to go on with."""
+    monkeypatch.setattr(vcopd, "load_policy", Pressed(vcopd.load_policy, 1))
+    assert run(options(base, tmp_path / "run")) == 130
+    assert "same command again" in capsys.readouterr().out
+
+
+def processes_below(pid: int) -> set[int]:
+    """All processes below one, by /proc."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+    found = {pid}
+    while more := {p for p, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found - {pid}
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+def test_ctrl_c_leaves_no_process_behind(base, tmp_path):
+    """The judge's servers run in sessions of their own, where Ctrl-C does not reach them."""
+    process = subprocess.Popen(
+        [sys.executable, HERE / "vcopd.py", *options(base, tmp_path / "run", "--task", "codeedit",
+                                                     "--steps", "1000")],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in process.stdout:
+        if line.split()[:1] == ["2"]:
+            break
+    servers = processes_below(process.pid)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert f"python vcopd.py --resume {tmp_path / 'run'}" in printed and "Traceback" not in printed
+    assert servers and not any(Path(f"/proc/{pid}").exists() for pid in servers)
+
+
+# =============================================================================================
+# Guards
+# =============================================================================================
+
+
+@pytest.mark.parametrize(("epoch", "saved"), [(0, 3), (1, 2)])
+def test_a_loss_that_is_not_finite_stops_with_step_examples_and_a_saved_state(
+        epoch, saved, base, whole, small, tmp_path, monkeypatch, capsys):
+    """Step 4 fails. Its first epoch leaves the state of step 3, which is saved; its second finds
+    the weights changed already, and step 2 stands. Neither takes the step.
+    """
+    out, losses, nll_loss = tmp_path / "run", [], vcopd.nll_loss
+
+    def bad(*args):
+        losses.append(nll_loss(*args))
+        return losses[-1] * (math.nan if len(losses) == 1 + 2 * 3 + epoch else 1)
+
+    cfg, _ = vcopd.read_config(options(base, out, "--method", "sft"))
+    monkeypatch.setattr(vcopd, "nll_loss", bad)
+    assert vcopd.main(cfg, False) == 2
+    message = one_error(capsys)
+    examples = vcopd.examples_at(tasks.TASKS["arithmetic"](), 3, cfg)
+    assert "step 4" in message and all(example.id in message for example in examples)
+    assert vcopd.newest_checkpoint(out / "checkpoint")["step"] == saved
+    monkeypatch.setattr(vcopd, "nll_loss", nll_loss)
+    assert run(["--resume", str(out)]) == 0
+    assert results(out) == results(whole["sft"])
+
+
+def test_kl_far_over_budget_and_tied_groups_are_told_after_patience():
+    """One bad step is noise; twenty in a row are a wasted night."""
+    cfg, good = vcopd.Config(), {"kl": 0.01, "tied_rollouts": 0.5}
+    strayed, tied = {"kl": 0.16, "tied_rollouts": 0.5}, {"kl": 0.01, "tied_rollouts": 1.0}
+    count = vcopd.PATIENCE
+    assert vcopd.warnings_of([strayed, tied] * (count // 2), cfg) == set()
+    assert vcopd.warnings_of([tied] * (count - 1), cfg) == set()
+    assert vcopd.warnings_of([good, *[tied] * (count - 1)], cfg) == set()
+    [warning] = vcopd.warnings_of([strayed] * count, cfg)
+    assert "KL" in warning and "--lr" in warning
+    [warning] = vcopd.warnings_of([tied] * count, cfg)
+    assert "too easy or too hard" in warning
+    assert vcopd.warnings_of([tied] * count, replace(cfg, method="opd")) == set()
+    assert vcopd.warnings_of([{"nll": 1.0}] * count, replace(cfg, method="sft")) == set()
+
+
+def test_a_warning_is_given_once(base, small, tmp_path, monkeypatch, capsys):
+    """A warning on every line is read by nobody."""
+    monkeypatch.setattr(vcopd, "PATIENCE", 2)
+    run(options(base, tmp_path / "run", "--kl-budget", "0", "--lr", "0.1"))
+    assert capsys.readouterr().out.count("Warning: KL") == 1
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")])
+def test_out_of_memory_names_the_knobs_in_order(error, base, small, tmp_path, monkeypatch, capsys):
+    """The first costs nothing but time; the last ones change the experiment."""
+    def full(*args):
+        raise error
+
+    monkeypatch.setattr(vcopd, "train_step", full)
+    assert run(options(base, tmp_path / "run")) == 2
+    message = one_error(capsys)
+    knobs = ["--micro-tokens", "--prompts", "--max-new-tokens", "--rollouts", "--lora-rank"]
+    assert sorted(knobs, key=message.index) == knobs
+    monkeypatch.undo()
+    cfg, _ = vcopd.read_config(["--resume", str(tmp_path / "run"), "--micro-tokens", "64"])
+    assert cfg.micro_tokens == 64
+
+
+def test_a_defect_is_not_dressed_up_as_a_users_mistake(base, small, tmp_path, monkeypatch):
+    """A traceback is the right answer to a bug of ours."""
+    monkeypatch.setattr(vcopd, "train_step", None)
+    with pytest.raises(TypeError):
+        run(options(base, tmp_path / "run"))
+
+
+def fill_disk(fd: int) -> None:
+    """No byte more."""
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("nth", [1, 7, 11, 13, 27, 31])
+def test_a_full_disk_stops_with_one_sentence_and_loses_nothing(
+        nth, base, whole, small, tmp_path, monkeypatch, capsys):
+    """In config, first checkpoint, a line of metrics, a later checkpoint, adapter, report."""
+    capsys.readouterr()
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", FailingSync(nth, fill_disk))
+        assert run(options(base, out)) == 2
+    assert "disk is full" in one_error(capsys)
+    assert not list(out.glob("**/*.new"))
+    again = ["--resume", str(out)] if (out / "config.json").exists() else options(base, out)
+    assert run(again) == 0
+    assert results(out) == results(whole["vcopd"])
+
+
+# =============================================================================================
+# Bad input: one sentence, exit code 2
+# =============================================================================================
+
+
+def edit_row(**changes) -> str:
+    """A line of --data, with changes."""
+    row = {"id": "a", "buggy": "def f(x):\n    return x", "entry_point": "f",
+           "reference": "def f(x):\n    return x + 1", "tests": [{"args": [1], "expected": 2}]}
+    return json.dumps({**row, **changes})
+
+
+def bad_commands(base: Path, folder: Path) -> list[list[str]]:
+    """Command lines of which none can work."""
+    flags = {vcopd.option(f.name): f.metadata for f in vcopd.fields(vcopd.Config)}
+    numbers = [flag for flag, meta in flags.items() if meta["kind"] in (int, float)]
+    values = ["nan", "inf", "-inf", "-1", "1e999", "", "x", "1_0_", "0x10", "\u0663x", "9" * 5000]
+    lines = [[flag, value] for flag in numbers for value in values]
+    lines += [[flag, "no\nsuch"] for flag, meta in flags.items() if meta["choices"]]
+    lines += [[flag] for flag, meta in flags.items() if meta["kind"] is not bool]
+    lines += [["--stesp", "3"], ["extra"], ["--unsafe-judge", "yes"], ["--resume"],
+              ["--method", "rl", "--teacher-coef", "1"], ["--task", "arithmetic", "--data", "x"]]
+    (folder / "file").write_text("x")
+    lines += [["--resume", str(path)] for path in (folder, folder / "no", folder / "file")]
+    return lines
+
+
+def test_a_bad_command_line_is_one_sentence(base, tmp_path, capsys):
+    """Some 200 of them: every number out of range, every choice, every missing value."""
+    lines = bad_commands(base, tmp_path)
+    assert len(lines) >= 200
+    for line in lines:
+        with pytest.raises(SystemExit) as stop:
+            vcopd.read_config(line)
+        assert stop.value.code == 2, line
+        assert one_error(capsys), line
+
+
+def bad_data() -> list[bytes]:
+    """Files that hold no problems."""
+    good = edit_row().encode()
+    texts = [edit_row(**{name: value}) for name in ("id", "buggy", "reference", "entry_point",
+                                                    "tests", "instruction")
+             for value in (None, 3, [], {}, "", "\0", "\ud800", [[]], True, [{"args": 1}])]
+    deep = []
+    for _ in range(150):
+        deep = [deep]
+    texts += [edit_row(tests=[{"args": [deep], "expected": 1}]), "[" * 99999, "null", "3", "[]",
+              edit_row(buggy="def f(:"), edit_row(entry_point="g"), edit_row(test_code="x"),
+              edit_row(tests=[{"args": [1]}]), edit_row(tests=[{"args": [1], "expected": 1e999}])
+              .replace("Infinity", "NaN"), f"{edit_row()}\n{edit_row()}", '{"id": 1' + "0" * 5000]
+    return [b"", b"\n\n", b"\xff\xfe", good[:-1], good + b"\n" + good[:40], good + b"x", b"\0" * 99,
+            b"PK\x03\x04", *(text.encode() for text in texts)]
+
+
+def test_a_bad_data_file_is_one_sentence(base, tmp_path, capsys):
+    """With file and line; before any model is loaded, let alone trained."""
+    path = tmp_path / "data.jsonl"
+    files = bad_data()
+    for data in files:
+        path.write_bytes(data)
+        with pytest.raises(tasks.LoadError) as error:
+            tasks.load_edits(str(path))
+        assert str(path) in str(error.value) and "\n" not in str(error.value), data[:200]
+    assert len(files) >= 60
+    assert run(["--data", str(path), "--model", str(base), "--out", str(tmp_path / "o")]) == 2
+    assert str(path) in one_error(capsys)
+
+
+def test_a_file_in_place_of_a_folder_and_a_folder_in_place_of_a_file(
+        base, small, tmp_path, capsys):
+    """Permissions would do the same, but root has them all."""
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "run/metrics.jsonl").mkdir(parents=True)
+    (tmp_path / "saved/checkpoint").mkdir(parents=True)
+    for more in (["--out", str(tmp_path / "file")], ["--out", str(tmp_path / "file/run")],
+                 ["--out", str(tmp_path / "run")], ["--out", str(tmp_path / "saved")],
+                 ["--task", "codeedit", "--data", str(tmp_path)],
+                 ["--task", "codeedit", "--eval-data", str(tmp_path / "none")],
+                 ["--benchmark", str(tmp_path / "file")]):
+        assert run(options(base, tmp_path / "new", *more)) == 2
+        message = one_error(capsys)
+        assert str(tmp_path) in message and "Errno" not in message.replace("[Errno 2", "")
+
+
+def damaged_bases(base: Path, folder: Path) -> list[Path]:
+    """Copies of the model folder: each lacks one file, or has it cut, emptied or of another kind"""
+    copies = []
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        data = (base / name).read_bytes()
+        for damage in (None, b"", b"[]", b"\xff" * 99, data[:len(data) // 2]):
+            copies.append(folder / f"base{len(copies)}")
+            copies[-1].mkdir()
+            for path in base.iterdir():
+                (copies[-1] / path.name).write_bytes(path.read_bytes())
+            if damage is None:
+                (copies[-1] / name).unlink()
+            else:
+                (copies[-1] / name).write_bytes(damage)
+    return copies
+
+
+def test_a_damaged_model_folder_is_one_sentence(base, small, tmp_path, capsys):
+    """The libraries raise a dozen kinds of error at them."""
+    wrong = [*damaged_bases(base, tmp_path), tmp_path / "none", tmp_path]
+    for folder in wrong:
+        assert run(options(folder, tmp_path / "out")) == 2, folder
+        assert str(folder) in one_error(capsys)
+
+
+def test_a_damaged_run_folder_is_one_sentence(done, capsys):
+    """Config, metrics and checkpoints: cut, empty, of another kind, of another run."""
+    out = done
+    (out / "report.json").unlink()
+    config = json.loads((out / "config.json").read_text("utf-8"))
+    configs = [b"", b"{}", b"[]", b"nul", b"\xff", b"[" * 99999, json.dumps(config)[:-9].encode()]
+    for name, value in asdict(vcopd.Config()).items():
+        bad = {"steps": "4"}.get(name, [] if isinstance(value, str) else "x")
+        configs.append(json.dumps({**config, name: bad}).encode())
+        configs.append(json.dumps({k: v for k, v in config.items() if k != name}).encode())
+    configs += [json.dumps({**config, "lr": math.nan}).encode()]
+    damages = [("config.json", data) for data in configs]
+    damages += [("metrics.jsonl", data) for data in (b"", b"{}\n", b"\xff\n", b"[" * 99999 + b"\n")]
+    damages += [("checkpoint/00000006.pt", wrapped({})), ("checkpoint/00000006.pt", wrapped([]))]
+    for name, data in damages:
+        kept = (out / name).read_bytes()
+        (out / name).write_bytes(data)
+        assert run(["--resume", str(out)]) == 2, (name, data[:200])
+        assert str(out) in one_error(capsys)
+        (out / name).write_bytes(kept)
+    assert run(["--resume", str(out)]) == 0  # all of it could be mended
+
+
+def wrapped(value) -> bytes:
+    """A checkpoint file of something else, with the right checksum."""
+    buffer = vcopd.io.BytesIO()
+    torch.save(value, buffer)
+    return vcopd.hashlib.sha256(buffer.getvalue()).digest() + buffer.getvalue()
+
+
+def test_a_checkpoint_of_another_model_is_refused(done, capsys):
+    """Adapters of the same names and other sizes must not be loaded in part."""
+    (done / "report.json").unlink()
+    config = json.loads((done / "config.json").read_text("utf-8"))
+    (done / "config.json").write_text(json.dumps({**config, "lora_rank": 3}))
+    assert run(["--resume", str(done)]) == 2
+    assert "another model" in one_error(capsys)
+
+
+def test_random_bytes_in_any_input_never_end_in_a_traceback(base, small, tmp_path, capsys):
+    """200 mutations of good files and commands: each is used as it is, or refused in a line."""
+    rng, out = random.Random(0), tmp_path / "run"
+    good = "\n".join(edit_row(id=str(i)) for i in range(3)).encode()
+    config = json.dumps(asdict(vcopd.Config())).encode()
+    out.mkdir()
+    for _ in range(200):
+        data = bytearray(rng.choice([good, config]))
+        for _ in range(rng.randint(1, 4)):
+            at = rng.randrange(len(data))
+            data[at:at + rng.choice([0, 1, 30])] = rng.choice(
+                [b"", b"\0", b'"', b"}", b"[[", b"1e9", b"\xff", b"null", rng.randbytes(3)])
+        (out / "config.json").write_bytes(data)
+        with contextlib.suppress(SystemExit):
+            vcopd.read_config(["--resume", str(out)])
+        with contextlib.suppress(tasks.LoadError):
+            tasks.load_edits(str(out / "config.json"))
+        assert len(capsys.readouterr().err.splitlines()) <= 1
+
+
+@pytest.mark.parametrize("arguments", [["--lr", "nan"], ["--resume", "/no/such/run"]])
+def test_usage_errors_answer_at_once_in_a_real_process(arguments):
+    """Before the imports that take seconds."""
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, HERE / "vcopd.py", *arguments], capture_output=True,
+                          text=True, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert time.perf_counter() - started < 3  # a second where nothing else runs
+
+
+# =============================================================================================
+# Several processes
+# =============================================================================================
+
+
+def as_rank(number: int, count: int, meeting: Path, function, *args) -> int:
+    """Play one rank of a gloo group, in a child."""
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=number,
+                            world_size=count)
+    function(*args)
+    return 0
+
+
+def on_two_ranks(meeting: Path, function, *args) -> None:
+    """Run it on two ranks, each in its own process."""
+    first = os.fork()
+    if first == 0:
+        status = in_child(as_rank, 0, 2, meeting, function, *args)
+        os._exit(status != 0)
+    assert in_child(as_rank, 1, 2, meeting, function, *args) == 0
+    assert os.waitpid(first, 0)[1] == 0
+
+
+def rollouts_of(policy: vcopd.Policy, cfg: vcopd.Config) -> tuple[vcopd.Batch, torch.Tensor]:
+    """The rollouts of a whole step, and made-up advantages."""
+    prompts = [policy.encode(f"Work out {i} + {i}.") for i in range(cfg.prompts)]
+    batch = vcopd.sample(policy, policy.student, prompts, cfg.rollouts, cfg, vcopd.seeded("t"))
+    return batch, torch.linspace(-1, 1, len(batch.contexts))
+
+
+def one_update(cfg: vcopd.Config, out: Path) -> None:
+    """Two epochs on this rank's share of the prompts, with replay; rank 0 saves what came out."""
+    policy = vcopd.load_policy(cfg, tasks.arithmetic())
+    batch, advantage = rollouts_of(policy, cfg)
+    optimizer = torch.optim.SGD(vcopd.adapter_parameters(policy.model, "policy"), lr=1.0)
+    state = vcopd.State(optimizer, 0.5, replay=batch)
+    rows = vcopd.mine(torch.arange(len(batch.contexts)).view(-1, cfg.rollouts)).flatten()
+    parts = vcopd.ask_reference(policy, batch.rows(rows), advantage[rows], cfg)
+    for epoch in range(2):
+        replay = vcopd.draw_replay(state, len(rows), epoch, cfg)
+        info = vcopd.update(policy, parts, replay, state, cfg)
+    weights = {n: p.detach() for n, p in vcopd.named_adapters(policy.model).items()}
+    torch.save((weights, info), out / f"{vcopd.world()}-{vcopd.rank()}.pt")
+
+
+def test_two_ranks_make_the_update_of_one_process(base, tmp_path):
+    """2 ranks x 3 prompts and 1 rank x 6 prompts, on the same rollouts of unequal lengths: the
+    token count that divides, the gradient, the clipping norm and all that is logged must agree.
+    """
+    cfg, _ = vcopd.read_config(options(base, tmp_path, "--prompts", "6", "--max-new-tokens", "12",
+                                       "--replay-share", "0.3", "--micro-tokens", "60"))
+    one_update(cfg, tmp_path)
+    on_two_ranks(tmp_path / "meeting", one_update, cfg, tmp_path)
+    weights, info = torch.load(tmp_path / "1-0.pt")
+    assert sum(weight.abs().sum() for weight in weights.values()) > 0
+    for number in range(2):
+        weights_rank, info_rank = torch.load(tmp_path / f"2-{number}.pt")
+        torch.testing.assert_close(weights_rank, weights, atol=1e-6, rtol=1e-5)
+        assert info_rank == pytest.approx(info, rel=1e-4, abs=1e-6)
+
+
+def whole_run(arguments: list[str], out: Path) -> None:
+    """A run as one rank; what must be the same everywhere is kept."""
+    cfg, resuming = vcopd.read_config(arguments)
+    loaded, load_policy = [], vcopd.load_policy
+    vcopd.load_policy = lambda *args: loaded.append(load_policy(*args)) or loaded[-1]
+    vcopd.run(cfg, Path(cfg.out), resuming)
+    weights = {n: p.detach() for n, p in vcopd.named_adapters(loaded[0].model).items()}
+    torch.save(weights, out / f"weights-{vcopd.rank()}.pt")
+
+
+@pytest.mark.parametrize("method", ["vcopd", "sft"])
+def test_a_run_on_two_ranks_writes_once_keeps_equal_weights_and_resumes(
+        method, base, small, tmp_path):
+    """With Step 1, replay and evaluation; every step's reward is that of all the rollouts."""
+    out = tmp_path / "run"
+    out.mkdir()
+    more = ["--method", method, "--format-threshold", "1", "--format-examples", "5"]
+    on_two_ranks(tmp_path / "meet", whole_run, options(base, out, *more), tmp_path)
+    weights = [torch.load(tmp_path / f"weights-{number}.pt") for number in range(2)]
+    assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert method == "sft" or all(line["reward"] in (-1, -0.5, 0, 0.5, 1) for line in lines)
+    kept = results(out)
+    (out / "report.json").unlink()
+    (out / "checkpoint/00000006.pt").unlink()
+    on_two_ranks(tmp_path / "meet again", whole_run, ["--resume", str(out)], tmp_path)
+    assert results(out) == kept
+
+
+@pytest.mark.parametrize(("more", "said"), [
+    (["--prompts", "3"], "cannot be shared by 2 processes"),
+    (["--device", "cuda:1"], "give cuda or cpu")])
+def test_what_two_processes_cannot_share_is_told_before_they_meet(
+        more, said, base, tmp_path, monkeypatch, capsys):
+    """Unequal shares would weigh some prompts more; one device cannot be two."""
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert run(options(base, tmp_path / "run", *more)) == 2
+    assert said in one_error(capsys)
+
+
+def test_torchrun_meets_and_speaks_with_one_voice(base, tmp_path):
+    """The real launcher; what is printed and written is rank 0's."""
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+         HERE / "vcopd.py", *options(base, tmp_path / "run", "--steps", "1")],
+        capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Verdict:") == 1
+    assert (tmp_path / "run/metrics.jsonl").read_text("utf-8").count("\n") == 1
 
 
 # =============================================================================================
