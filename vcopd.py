@@ -67,6 +67,7 @@ import json
 import math
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -120,6 +121,7 @@ class Config:
                          choices=["none", "nf4"])
     merge: str = knob("", "also write base and adapters as one plain model, to this new folder")
     eval_only: bool = knob(False, "evaluate --model and train nothing")
+    bench: bool = knob(False, "time the parts of a step on this machine and train nothing")
     # rollouts
     steps: int = knob(500, "training steps", low=1)
     prompts: int = knob(16, "P, prompts in a step", low=1)
@@ -2111,6 +2113,73 @@ def print_examples(task: tasks.Task, before: dict, after: dict) -> None:
 
 
 # =============================================================================================
+# --bench: how fast this machine is
+# =============================================================================================
+
+
+def timed(what: str, units: str, function, *arguments):
+    """Call it, print a row of the table with units a second, return its result."""
+    started = time.perf_counter()
+    result = function(*arguments)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    count = int(result.mask.sum()) if isinstance(result, Batch) else len(result)
+    print(f"{what:24}{seconds:8.2f} s{count / seconds:9.0f} {units}/s", flush=True)
+    return result
+
+
+@torch.no_grad()
+def generate(policy: Policy, prompts: list[list[int]], cfg: Config) -> Batch:
+    """The same rollouts by transformers' own `generate`: what `sample` is measured against."""
+    rows = [prompt for prompt in prompts for _ in range(cfg.rollouts)]
+    ids, seen = (t.to(policy.device) for t in pad(rows, policy.pad_id, left=True))
+    with adapters(policy.model, policy.student):
+        out = policy.model.generate(
+            ids, attention_mask=seen.long(), do_sample=True, temperature=cfg.temperature,
+            top_p=cfg.top_p, top_k=0, max_new_tokens=cfg.max_new_tokens,
+            pad_token_id=policy.pad_id, eos_token_id=policy.stop_ids.tolist())
+    completion = out[:, ids.shape[1]:]
+    return Batch(rows, completion, stop_mask(completion, policy.stop_ids))
+
+
+def bench(cfg: Config) -> None:
+    """Time rollouts, the judge and a whole step, twice: the first time is a warm-up."""
+    task = load_task(cfg)
+    policy = load_policy(cfg, task)
+    state = State(torch.optim.Adam(adapter_parameters(policy.model, "policy"), lr=cfg.lr),
+                  cfg.kl_coef)
+    print_environment(environment(policy))
+    examples = examples_at(task, 0, cfg)
+    prompts = [policy.encode(example.prompt) for example in examples]
+    checked = [task.train[i % len(task.train)] for i in range(500)]
+    answers = [example.reference for example in checked]
+    for _ in range(2):
+        print()
+        timed("rollouts by generate", "tokens", generate, policy, prompts, cfg)
+        timed("rollouts", "tokens", sample, policy, policy.student, prompts, cfg.rollouts, cfg,
+              seeded("bench"))
+        timed("judge, right answers", "checks", verify_all, task.verify, checked, answers)
+        timed("whole step", "rollouts", bench_step, policy, task, examples, state, cfg)
+    print(f"\npeak memory {peak_memory():.2f} GiB")
+
+
+def bench_step(policy: Policy, task: tasks.Task, examples: list, state: State,
+               cfg: Config) -> range:
+    """A training step of the method, as many items long as it has rollouts."""
+    (sft_step if cfg.method == "sft" else train_step)(policy, task, examples, state, cfg)
+    return range(len(examples) * cfg.rollouts)
+
+
+def peak_memory() -> float:
+    """The most that was held, in GiB: of the GPU where there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    units = 2**30 if sys.platform == "darwin" else 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / units
+
+
+# =============================================================================================
 # A whole run
 # =============================================================================================
 
@@ -2273,6 +2342,9 @@ def main(cfg: Config, resuming: bool) -> int:
     out = Path(cfg.out)
     try:
         join_ranks(cfg)
+        if cfg.bench:
+            bench(cfg)
+            return 0
         if not resuming:
             on_rank_0(check_free, out, cfg)
         out.mkdir(parents=True, exist_ok=True)
