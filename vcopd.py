@@ -18,7 +18,8 @@ a verifier says how good they are, and a teacher may only add hints inside that 
     python vcopd.py --task arithmetic      # 2 minutes
     python vcopd.py --task codeedit --method rl      # the same loop without a teacher
 
-One training step, in the order of this file (P prompts, K rollouts each, B = P*K, T tokens):
+The method, in the order of this file. Step 1 runs once, `train_step` repeats Steps 2 to 6: start
+reading there. (P prompts, K rollouts each, B = P*K rows, T tokens.)
 
     Step 1  format      SFT on a separate adapter, only if needed       train_format
     Step 2  rollouts    y_1..y_K ~ pi_theta(.|x)                                sample
@@ -44,12 +45,17 @@ One frozen model plays every role; named LoRA adapters and the prompt decide whi
     T, a specialist         {specialist}, from a folder     the prompt and the privileged hint
     T, a stronger one       another model, the same ids     the prompt and the privileged hint
 
-Where this differs from the essay (each is marked `differs:` on its line):
+The essay is Marvin B. Freedman's "Verifier-Calibrated On-Policy Distillation" (2026). The hint is
+what only the teacher reads: see `tasks.privileged_prompt`.
+
+Where this differs from the essay (each is marked `differs:` on its line, the last in tasks.py):
 
     1. KL is held to the model after Step 1, else the guard fights the format just learnt.
     2. Replay is plain NLL without a PPO ratio: its pi_old is many steps old.
-    3. A group whose rewards are all equal gets A = 0 exactly, decided on max - min.
-    4. Every training log-prob is taken at the sampling temperature, in every role.
+    3. A group whose rewards are all equal gets A = 0 exactly, decided on max - min. Hints, KL,
+       entropy and replay still act there.
+    4. Log-probs of every role are taken at the sampling temperature, so that ratio, gap and KL
+       speak of the distribution that was sampled (top_p aside). Supervised steps use 1.
     5. The reward's three penalties are each held in [0, 1], so no pass is below a fail.
 
 Shapes: every per-token tensor is (B, T) on completion positions, next to a mask that is True up to
@@ -130,9 +136,10 @@ class Config:
     top_p: float = knob(0.95, "nucleus of sampling; 1 removes its bias", low=0.01, high=1.0)
     max_new_tokens: int = knob(512, "longest answer", low=1)
     # teacher
-    teacher_coef: float = knob(0.2, "lambda of Eq. 5", low=0.0)
-    gap_clip: float = knob(0.5, "bound on D of Eq. 3", low=0.0)
-    gate: str = knob("sigmoid", "G of Eq. 4", choices=["sigmoid", "success", "failure", "none"])
+    teacher_coef: float = knob(0.2, "weight of the teacher's hints (lambda, Eq. 5)", low=0.0)
+    gap_clip: float = knob(0.5, "largest hint for one token, in nats (Eq. 3)", low=0.0)
+    gate: str = knob("sigmoid", "how the verdict scales hints: more on better answers (sigmoid), "
+                                "only there, more on worse, or alike (Eq. 4)", choices=["sigmoid", "success", "failure", "none"])
     # update
     lora_rank: int = knob(32, "rank of the adapters", low=1)
     lora_alpha: float = knob(32.0, "the adapters are scaled by alpha / rank", low=0.0)
@@ -140,7 +147,7 @@ class Config:
     epochs: int = knob(2, "optimiser steps on each batch of rollouts", low=1)
     ratio_clip: float = knob(0.2, "epsilon of Eq. 7", low=0.0)
     kl_coef: float = knob(0.01, "beta of Eq. 8 at the start", low=0.0)
-    kl_target: float = knob(0.03, "of Eq. 9, nats per token", low=0.0)
+    kl_target: float = knob(0.03, "nats per token above which beta grows (Eq. 9)", low=0.0)
     entropy_coef: float = knob(0.001, "eta of Eq. 11", low=0.0)
     max_grad_norm: float = knob(1.0, "gradients are scaled down to this norm", low=0.0)
     micro_tokens: int = knob(8192, "tokens (prompt and answer) in one forward pass", low=1)
@@ -182,10 +189,10 @@ EVAL_ONLY = ("eval_only", "task", "model", "eval_data", "benchmark", "out", "dev
              "quantize", "rollouts", "max_new_tokens", "eval_problems", "unsafe_judge")
 
 TINY = {  # the built-in model has 1 M parameters: what differs from the essay's defaults, and why
-    "steps": 40,  # a minute and a half on 2 cores, and enough
-    "lr": 1e-3,  # small models want larger steps: at 1e-5 nothing moves in 40
+    "steps": 32,  # two and a half minutes on 2 cores, and enough
+    "lr": 1e-3,  # small models want larger steps: at 1e-5 nothing moves in 32
     "max_new_tokens": 96,  # its functions are short
-    "kl_coef": 0.1,  # 40 steps are too few for beta to find its level from 0.01
+    "kl_coef": 0.1,  # 32 steps are too few for beta to find its level from 0.01
     "replay_every": 10,  # 200 steps would be never
     "replay_share": 0.2,  # the upper end: so small a model forgets faster
     "eval_every": 10,
@@ -568,7 +575,8 @@ def draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Gene
     uniform = torch.rand(len(probs), 1, generator=generator).to(probs.device)
     total = probs.cumsum(-1)
     choice = torch.searchsorted(total, uniform * total[:, -1:], right=True)
-    return order.gather(-1, choice.clamp(max=int(probs.shape[-1]) - 1))[:, 0]
+    inside = (probs > 0).sum(-1, keepdim=True)  # rounding must not lead out of the nucleus
+    return order.gather(-1, torch.minimum(choice, inside - 1))[:, 0]
 
 
 @torch.no_grad()
@@ -739,8 +747,8 @@ def vcopd_loss(terms: Tensor, part: Experience, kl_coef: float, tokens: int,
                cfg: Config) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of one micro-batch and what to log. `terms` (3, b, T) are of `token_terms`.
 
-    In the first epoch rho is 1 and advantages are centred, so the *value* is about 0: its gradient
-    is not.
+    In the first epoch rho is 1, so the *value* of the policy term is minus the mean of A_dense,
+    about 0 because advantages are centred. Its gradient, -mean(A_dense grad log pi), is not.
     """
     logp, kl, entropy = terms
     mask, eps = part.batch.mask, cfg.ratio_clip
@@ -853,10 +861,12 @@ def micro_batches(batch: Batch, most: int) -> list[Tensor]:
 def ask_reference(policy: Policy, batch: Batch, advantage: Tensor,
                   cfg: Config) -> list[Experience]:
     """Micro-batches of the rollouts, each with what the reference thinks of them."""
-    return [Experience(part, index, advantage[index.to(advantage.device)],
-                       completion_hidden(policy, policy.reference, part))
-            for index in micro_batches(batch, cfg.micro_tokens)
-            for part in [batch.rows(index)]]
+    parts = []
+    for index in micro_batches(batch, cfg.micro_tokens):
+        part = batch.rows(index)
+        hidden_ref = completion_hidden(policy, policy.reference, part)
+        parts.append(Experience(part, index, advantage[index.to(advantage.device)], hidden_ref))
+    return parts
 
 
 @torch.no_grad()
@@ -995,7 +1005,7 @@ def rollout_metrics(batch: Batch, verdicts: list[tasks.Verdict], policy: Policy)
 
 
 def hint_metrics(parts: list[Experience], tied: Tensor) -> dict[str, float]:
-    """Where the teacher spoke: mean |D| in tied groups (its only place) and in the others."""
+    """Where the teacher spoke: mean |D| in tied groups, where only hints can teach, and in others."""
     sums = {"gap_tied": 0.0, "gap_untied": 0.0}
     counts = dict.fromkeys(sums, 0)
     for part in parts:
@@ -1606,14 +1616,14 @@ def mean(values) -> float:
 
 
 @torch.no_grad()
-def movement(policy: Policy, p: tuple[str, ...], q: tuple[str, ...],
-             batches: list[Batch]) -> tuple[float, float]:
+def movement(policy: Policy, p: tuple[str, ...], q: tuple[str, ...], batches: list[Batch],
+             cfg: Config) -> tuple[float, float]:
     """KL(p || q) and entropy of p, nats per token, exact over the vocabulary at temperature 1.
 
     `batches` are samples of p at temperature 1, so the states are those that p visits.
     """
     total, tokens = torch.zeros(2), sum(int(batch.mask.sum()) for batch in batches)
-    for part in (b.rows(i) for b in batches for i in micro_batches(b, 8192)):
+    for part in (b.rows(i) for b in batches for i in micro_batches(b, cfg.micro_tokens)):
         hidden = [completion_hidden(policy, role, part) for role in (p, q)]
         terms = on_tokens(partial(token_terms, policy.model, 1.0), part, *hidden)
         total += terms[1:].sum((1, 2)).cpu()
@@ -1680,12 +1690,12 @@ def evaluate(policy: Policy, task: tasks.Task, role: tuple[str, ...], cfg: Confi
     problems = first_split(task.evals)[:cfg.eval_problems]
     prompts = [example.prompt for example in problems]
     from_base, _ = answers_to(policy, BASE, prompts, 1, full(cfg))
-    anchors, _ = answers_to(policy, role, [e.prompt for e in task.benchmark], 1, full(cfg))
-    kl, entropy = movement(policy, role, BASE, first_split(batches))
+    anchors, _ = answers_to(policy, role, [e.prompt for e in task.anchors], 1, full(cfg))
+    kl, entropy = movement(policy, role, BASE, first_split(batches), cfg)
     return {**scores, "general": general_scores(policy, task, role, cfg), "kl_to_base": kl,
-            "kl_from_base": movement(policy, BASE, role, from_base)[0],
-            "kl_to_reference": movement(policy, role, policy.reference, first_split(batches))[0],
-            "entropy": entropy, "entropy_anchors": movement(policy, role, BASE, anchors)[1],
+            "kl_from_base": movement(policy, BASE, role, from_base, cfg)[0],
+            "kl_to_reference": movement(policy, role, policy.reference, first_split(batches), cfg)[0],
+            "entropy": entropy, "entropy_anchors": movement(policy, role, BASE, anchors, cfg)[1],
             "pass@1_with_hint": hinted_pass(policy, role, problems, task, cfg),
             "pass@1_of_teacher": hinted_pass(*policy.teacher, problems, task, cfg)}
 
