@@ -245,6 +245,20 @@ def test_every_equation_is_named_on_exactly_one_line_of_code(number):
     assert sum(bool(re.search(rf"# Eq\. {number}\b", text)) for text in comments) == 1
 
 
+def test_the_readme_names_every_equation_once_too():
+    """The page is read first: its numbered steps must cover what the code does."""
+    page = (Path(vcopd.__file__).parent / "README.md").read_text("utf-8")
+    assert sorted(map(int, re.findall(r"# Eq\. (\d+)\b", page))) == list(EQUATIONS)
+
+
+def test_requirements_stand_in_the_header_too():
+    """`uv run vcopd.py` and `pip install -r requirements.txt` must install the same."""
+    folder = Path(vcopd.__file__).parent
+    header = (folder / "vcopd.py").read_text("utf-8").split("# ///")[1]
+    lines = (folder / "requirements.txt").read_text("utf-8").splitlines()
+    assert re.findall(r'"(\S+==\S+)"', header) == [line for line in lines if "==" in line]
+
+
 def test_every_listed_deviation_is_marked_where_it_happens():
     """The list in the header may not drift from the code."""
     listed = vcopd.__doc__.split("Where this differs")[1].split("Shapes:")[0]
@@ -1328,8 +1342,8 @@ def test_step_1_trains_its_own_adapter_which_then_stays_and_anchors_the_kl(toy):
     layers = vcopd.lora_layers(policy.model).values()
     assert all(layer.lora_B["format"].count_nonzero() for layer in layers)
     with torch.no_grad():
-        movement = vcopd.movement(policy, policy.student, policy.reference, [ragged_batch()])
-        from_base = vcopd.movement(policy, policy.student, vcopd.BASE, [ragged_batch()])
+        movement = vcopd.movement(policy, policy.student, policy.reference, [ragged_batch()], TOY)
+        from_base = vcopd.movement(policy, policy.student, vcopd.BASE, [ragged_batch()], TOY)
     assert movement[0] == 0 < from_base[0]
     for epochs in (1, 2):
         cfg = replace(TOY, epochs=epochs)

@@ -139,7 +139,8 @@ class Config:
     teacher_coef: float = knob(0.2, "weight of the teacher's hints (lambda, Eq. 5)", low=0.0)
     gap_clip: float = knob(0.5, "largest hint for one token, in nats (Eq. 3)", low=0.0)
     gate: str = knob("sigmoid", "how the verdict scales hints: more on better answers (sigmoid), "
-                                "only there, more on worse, or alike (Eq. 4)", choices=["sigmoid", "success", "failure", "none"])
+                                "only there, more on worse, or alike (Eq. 4)",
+                     choices=["sigmoid", "success", "failure", "none"])
     # update
     lora_rank: int = knob(32, "rank of the adapters", low=1)
     lora_alpha: float = knob(32.0, "the adapters are scaled by alpha / rank", low=0.0)
@@ -1005,7 +1006,7 @@ def rollout_metrics(batch: Batch, verdicts: list[tasks.Verdict], policy: Policy)
 
 
 def hint_metrics(parts: list[Experience], tied: Tensor) -> dict[str, float]:
-    """Where the teacher spoke: mean |D| in tied groups, where only hints can teach, and in others."""
+    """Where the teacher spoke: mean |D| in tied groups, where only hints teach, and in others."""
     sums = {"gap_tied": 0.0, "gap_untied": 0.0}
     counts = dict.fromkeys(sums, 0)
     for part in parts:
@@ -1691,10 +1692,11 @@ def evaluate(policy: Policy, task: tasks.Task, role: tuple[str, ...], cfg: Confi
     prompts = [example.prompt for example in problems]
     from_base, _ = answers_to(policy, BASE, prompts, 1, full(cfg))
     anchors, _ = answers_to(policy, role, [e.prompt for e in task.anchors], 1, full(cfg))
-    kl, entropy = movement(policy, role, BASE, first_split(batches), cfg)
+    visited = first_split(batches)
+    kl, entropy = movement(policy, role, BASE, visited, cfg)
     return {**scores, "general": general_scores(policy, task, role, cfg), "kl_to_base": kl,
             "kl_from_base": movement(policy, BASE, role, from_base, cfg)[0],
-            "kl_to_reference": movement(policy, role, policy.reference, first_split(batches), cfg)[0],
+            "kl_to_reference": movement(policy, role, policy.reference, visited, cfg)[0],
             "entropy": entropy, "entropy_anchors": movement(policy, role, BASE, anchors, cfg)[1],
             "pass@1_with_hint": hinted_pass(policy, role, problems, task, cfg),
             "pass@1_of_teacher": hinted_pass(*policy.teacher, problems, task, cfg)}
