@@ -2241,6 +2241,7 @@ def empty_folder(out: Path, cfg: Config) -> None:
 def start(policy: Policy, task: tasks.Task, state: State, out: Path, cfg: Config) -> None:
     """Measure the base, teach it the format if it needs that, and save: step 0."""
     on_rank_0(empty_folder, out, cfg)
+    print("Evaluating the base ...", flush=True)
     state.before = on_rank_0(evaluate, policy, task, policy.reference, cfg)
     rate = first_split(state.before)["format"]
     if rate < cfg.format_threshold:
@@ -2298,6 +2299,7 @@ def run(cfg: Config, out: Path, resuming: bool) -> dict:
         return only_evaluate(policy, task, out, cfg)
     (resume if resuming else start)(policy, task, state, out, cfg)
     train(policy, task, state, out, cfg)
+    print("Evaluating the student ...", flush=True)
     after = on_rank_0(evaluate, policy, task, policy.student, cfg)
     on_rank_0(export_adapter, out / "adapter", policy)
     if cfg.merge:
