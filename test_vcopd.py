@@ -40,6 +40,8 @@ import torch.nn.functional as F
 import tasks
 import vcopd
 
+torch.set_num_threads(1)  # the models are tiny, and some tests run two processes on two cores
+
 # =============================================================================================
 # Helpers: a policy small enough to enumerate, and oracles that share no code with vcopd.py
 # =============================================================================================

@@ -341,10 +341,6 @@ def read_config(arguments: list[str]) -> tuple[Config, bool]:
 if __name__ == "__main__":
     CONFIG, RESUMING = read_config(sys.argv[1:])  # before the imports that take seconds
 
-# Threads that wait for one another must sleep: spinning ones make a step 10 times slower as soon as
-# another process, such as the judge, wants a core.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
