@@ -1133,6 +1133,18 @@ def test_replay_keeps_the_best_by_verdict_and_among_equals_the_most_confident(to
     assert set(kept_ids) == {"old1", "old4", max(rest, key=rest.get)}
 
 
+def test_every_old_skill_has_its_share_of_the_replay(toy, monkeypatch):
+    """Ranked all together, the easiest skills would fill the pool, and the others be forgotten."""
+    policy = tiny_policy(moved=0.2)
+    monkeypatch.setattr(tasks, "verify_skill", lambda example, answer: tasks.Verdict(
+        float(example.skill == "easy"), True, True, "ok", {}))
+    anchors = [replace(example, skill=("easy", "hard")[i % 2])
+               for i, example in enumerate(toy.anchors)]
+    pool = vcopd.refresh_replay(policy, anchors, 0, 0, TOY)
+    skill = {tuple(policy.encode(example.prompt)): example.skill for example in anchors}
+    assert sorted(skill[tuple(context)] for context in pool.contexts) == ["easy"] * 2 + ["hard"] * 2
+
+
 @pytest.mark.parametrize("rows, share", [(16, 0.1), (64, 0.1), (64, 0.2), (512, 0.15)])
 def test_replay_is_its_share_of_the_batch(rows, share):
     """r of all rows, new and old, give or take the rounding of one row."""

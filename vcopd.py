@@ -798,7 +798,7 @@ def mean_logps(policy: Policy, batch: Batch, cfg: Config) -> list[float]:
 
 def refresh_replay(policy: Policy, anchors: list[tasks.Example], seed: int, step: int,
                    cfg: Config) -> Batch:
-    """Answers of the current student to anchor prompts: the best `replay_keep` of them.
+    """Answers of the current student to anchor prompts: the best `replay_keep` of each skill.
 
     Best by verifier score, and among equals by self-confidence (mean log-prob of a token).
     """
@@ -807,8 +807,11 @@ def refresh_replay(policy: Policy, anchors: list[tasks.Example], seed: int, step
     verdicts = [tasks.verify_skill(*pair) for pair in zip(anchors, policy.decode(batch),
                                                            strict=True)]
     confidence = mean_logps(policy, batch, cfg)
-    order = sorted(range(len(anchors)), key=lambda i: (verdicts[i].reward, confidence[i]))
-    kept = order[-math.ceil(cfg.replay_keep * len(anchors)):]
+    by_skill: dict[str, list[int]] = {}  # else the easiest skills would fill the pool
+    for i in sorted(range(len(anchors)), key=lambda i: (verdicts[i].reward, confidence[i])):
+        by_skill.setdefault(anchors[i].skill, []).append(i)
+    kept = [i for rows in by_skill.values()
+            for i in rows[-math.ceil(cfg.replay_keep * len(rows)):]]
     return batch.rows(torch.tensor(kept))
 
 
