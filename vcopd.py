@@ -15,7 +15,7 @@ A language model learns a new skill without forgetting its old ones: it trains o
 a verifier says how good they are, and a teacher may only add hints inside that verdict.
 
     python vcopd.py --task codeedit        # 8 minutes on 2 cores the first time, 4 afterwards
-    python vcopd.py --task arithmetic      # 2 minutes
+    python vcopd.py --task arithmetic      # 3 minutes the first time, 1 afterwards
     python vcopd.py --task codeedit --method rl      # the same loop without a teacher
 
 The method, in the order of this file. Step 1 runs once, `train_step` repeats Steps 2 to 6: start
@@ -236,7 +236,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Teach a language model a new skill without forgetting (VC-OPD).\n\n"
                     "  python vcopd.py --task codeedit              8 min on 2 cores, then 4\n"
-                    "  python vcopd.py --task arithmetic            2 min\n"
+                    "  python vcopd.py --task arithmetic            3 min, then 1\n"
                     "  python vcopd.py --task codeedit --method rl  the same loop, no teacher")
     parser.error = usage_error
     for knob_field in fields(Config):
