@@ -2171,14 +2171,15 @@ def bench(cfg: Config) -> None:
     print_environment(environment(policy))
     examples = examples_at(task, 0, cfg)
     prompts = [policy.encode(example.prompt) for example in examples]
-    checked = [task.train[i % len(task.train)] for i in range(500)]
-    answers = [example.reference for example in checked]
+    edits = tasks.edit_problems(tasks.read_families(tasks.FAMILIES), tasks.OPERATORS, tasks.TRAIN,
+                                500, "bench")
+    answers = [example.reference for example in edits]
     for _ in range(2):
         print()
         timed("rollouts by generate", "tokens", generate, policy, prompts, cfg)
         timed("rollouts", "tokens", sample, policy, policy.student, prompts, cfg.rollouts, cfg,
               seeded("bench"))
-        timed("judge, right answers", "checks", verify_all, task.verify, checked, answers)
+        timed("judge, right answers", "checks", verify_all, tasks.run_example, edits, answers)
         timed("whole step", "rollouts", bench_step, policy, task, examples, state, cfg)
     print(f"\npeak memory {peak_memory():.2f} GiB")
 
