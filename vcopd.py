@@ -2008,13 +2008,19 @@ def train(policy: Policy, task: tasks.Task, state: State, out: Path, cfg: Config
             raise KeyboardInterrupt
 
 
+def method_step(policy: Policy, task: tasks.Task, examples: list, state: State,
+                cfg: Config) -> tuple[dict, list[dict]]:
+    """A training step of the chosen method."""
+    step = sft_step if cfg.method == "sft" else train_step
+    return step(policy, task, examples, state, cfg)
+
+
 def one_step(policy: Policy, task: tasks.Task, state: State, out: Path,
              cfg: Config) -> tuple[dict, list[dict]]:
     """The method's step. If it fails, the state before it is saved and the error says where."""
-    step = sft_step if cfg.method == "sft" else train_step
     examples = examples_at(task, state.step, cfg)
     try:
-        return step(policy, task, mine(examples), state, cfg)
+        return method_step(policy, task, mine(examples), state, cfg)
     except NotFinite as error:
         ids = ", ".join(example.id for example in examples)
         raise RunError(f"step {state.step + 1}, on the examples {ids}: {error}; "
@@ -2187,7 +2193,7 @@ def bench(cfg: Config) -> None:
 def bench_step(policy: Policy, task: tasks.Task, examples: list, state: State,
                cfg: Config) -> range:
     """A training step of the method, as many items long as it has rollouts."""
-    (sft_step if cfg.method == "sft" else train_step)(policy, task, examples, state, cfg)
+    method_step(policy, task, examples, state, cfg)
     return range(len(examples) * cfg.rollouts)
 
 
