@@ -25,6 +25,7 @@ import textwrap
 import threading
 import time
 import tokenize
+import types
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -103,6 +104,13 @@ def ragged_batch(shapes=((3, 4), (9, 1), (5, 6), (2, 3))) -> vcopd.Batch:
     return vcopd.Batch(contexts, *vcopd.pad([[*ids(n - 1), EOS] for _, n in shapes], PAD))
 
 
+def siblings() -> vcopd.Batch:
+    """Answers of 4, 1, 6, 3, 2, 5 tokens to three prompts: 2, 1 and 3 of them."""
+    batch = ragged_batch(((3, 4), (3, 1), (9, 6), (5, 3), (5, 2), (5, 5)))
+    first, _, second, third, _, _ = batch.contexts
+    return replace(batch, contexts=[first, list(first), second, third, third, third])
+
+
 def model_logits(policy: vcopd.Policy, role: tuple[str, ...], ids: list[int]) -> torch.Tensor:
     """The oracle: one unpadded row through the model's own forward, no cache: (L,) -> (L, V)."""
     with vcopd.adapters(policy.model, role):
@@ -127,14 +135,13 @@ def scored(policy: vcopd.Policy, role: tuple[str, ...], batch: vcopd.Batch,
            temperature: float = 0.8) -> torch.Tensor:
     """The shipped road from ids to log-probs: (B, T)."""
     hidden = vcopd.completion_hidden(policy, role, batch)
-    return vcopd.on_tokens(partial(vcopd.token_logps, policy.model, temperature), batch, hidden)
+    return vcopd.on_tokens(policy, vcopd.token_logps, temperature, batch, hidden)
 
 
 def student_terms(policy: vcopd.Policy, batch: vcopd.Batch, temperature: float) -> torch.Tensor:
     """The shipped log-prob, KL and entropy of the student against the base: (3, B, T)."""
     hidden = [vcopd.completion_hidden(policy, role, batch) for role in (policy.student, ())]
-    terms = partial(vcopd.token_terms, policy.model, temperature)
-    return vcopd.on_tokens(terms, batch, *hidden)
+    return vcopd.on_tokens(policy, vcopd.token_terms, temperature, batch, *hidden)
 
 
 def experience(advantage, logp_old, gap, mask=None) -> vcopd.Experience:
@@ -142,7 +149,7 @@ def experience(advantage, logp_old, gap, mask=None) -> vcopd.Experience:
     old, gap = torch.as_tensor(logp_old), torch.as_tensor(gap)
     mask = torch.ones(old.shape, dtype=torch.bool) if mask is None else mask
     batch = vcopd.Batch([[EOS]] * len(old), torch.zeros(old.shape, dtype=torch.long), mask)
-    return vcopd.Experience(batch, torch.arange(len(old)), torch.as_tensor(advantage), None,
+    return vcopd.Experience(batch, torch.arange(len(old)), None, torch.as_tensor(advantage),
                             logp_old=old, gap=gap)
 
 
@@ -182,8 +189,9 @@ def read_by_all(policy: vcopd.Policy, cfg: vcopd.Config, batch: vcopd.Batch | No
                 advantage=(-1.0, 1.0, 0.0, 2.0), examples=None) -> list[vcopd.Experience]:
     """Micro-batches of rollouts that reference and teacher have read, as in `train_step`."""
     advantage = torch.tensor(advantage, dtype=policy.model.dtype)
-    parts = vcopd.ask_reference(policy, batch or ragged_batch(), advantage, cfg)
+    parts = vcopd.ask_reference(policy, batch or ragged_batch(), cfg)
     for part in parts:
+        part.advantage = advantage[part.index]
         part.logp_teacher = vcopd.ask_teacher(policy, part, examples or toy_examples(4), cfg)
     return parts
 
@@ -597,17 +605,52 @@ def test_the_head_gives_the_logits_of_the_models_own_forward(kind, special):
 
 @BOTH
 @pytest.mark.parametrize("temperature", [0.8, 1.0])
-def test_log_probs_equal_a_loop_over_prefixes(architecture, temperature):
-    """An off-by-one shift would score each token with the distribution of its neighbour.
+@pytest.mark.parametrize("batch", [ragged_batch(), siblings()], ids=["strangers", "siblings"])
+def test_log_probs_equal_a_loop_over_prefixes(batch, architecture, temperature):
+    """An off-by-one shift would score each token with the distribution of its neighbour, and a
+    leak between answers that share their prompt would let one read the other.
 
     First and last token, a completion of length 1 and one behind the longest prompt are all here.
     """
-    policy, batch = tiny_policy(architecture, moved=0.3), ragged_batch()
+    policy = tiny_policy(architecture, moved=0.3)
     logps = scored(policy, policy.student, batch, temperature)
     expected = prefix_logps(policy, policy.student, batch, temperature)
     for row, mask, score in zip(logps, batch.mask, expected, strict=True):
         torch.testing.assert_close(row[mask].tolist(), score, atol=1e-4, rtol=1e-4)
     assert logps[~batch.mask].count_nonzero() == 0
+
+
+def test_answers_that_share_their_prompt_learn_as_if_each_were_alone():
+    """The prompt is read once for all its answers; each sends its gradient back through it."""
+    batch, seen = siblings(), []
+
+    def values_and_gradients(pack):
+        policy = replace(tiny_policy(moved=0.3), pack=pack)
+        policy.model.base_model.register_forward_pre_hook(
+            lambda module, inputs, options: seen.append(inputs[0].shape), with_kwargs=True)
+        terms = student_terms(policy, batch, 0.8)
+        (terms * torch.tensor([1.0, 2.0, 3.0])[:, None, None]).sum().backward()
+        return terms, [p.grad for p in vcopd.adapter_parameters(policy.model, "policy")]
+
+    together, alone = values_and_gradients(1024), values_and_gradients(0)
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
+    assert [shape[0] for shape in seen] == [3, 3, 6, 6]  # rows in the forward pass
+
+
+@pytest.mark.parametrize("pack, rows", [(0, 6), (9, 5), (10, 4), (14, 4), (15, 3), (1024, 3)])
+def test_answers_share_a_row_up_to_its_limit(pack, rows):
+    """3 + 4 + 1 tokens, 9 + 6, and 5 + 3 + 2 + 5: attention grows with the square of a row."""
+    groups = vcopd.packs(siblings(), pack)
+    assert len(groups) == rows
+    assert sum(groups, []) == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("config, room", [
+    ({}, 1024), ({"sliding_window": None}, 1024), ({"sliding_window": 8}, 0),
+    ({"attention_chunk_size": 8}, 0)])
+def test_models_with_local_attention_read_each_answer_alone(config, room):
+    """Their layers make masks of different kinds, which one mask for all would replace."""
+    assert vcopd.shared_row(types.SimpleNamespace(**config)) == room
 
 
 def test_scoring_twice_gives_the_same_bits():
@@ -707,7 +750,7 @@ def test_chunks_change_neither_values_nor_gradients(chunk, monkeypatch):
         return terms, gradient
 
     whole = values_and_gradients()
-    monkeypatch.setattr(vcopd, "CHUNK", chunk)
+    monkeypatch.setattr(vcopd, "LOGITS", chunk * len(VOCAB))
     torch.testing.assert_close(values_and_gradients(), whole, atol=1e-4, rtol=1e-4)
 
 
@@ -716,12 +759,11 @@ def test_no_logits_are_kept_for_the_backward_pass():
     policy, batch = tiny_policy(moved=0.3), ragged_batch()
     kept = []
     hidden = [vcopd.completion_hidden(policy, role, batch) for role in (policy.student, ())]
-    terms = partial(vcopd.token_terms, policy.model, 0.8)
     with torch.autograd.graph.saved_tensors_hooks(
             lambda tensor: kept.append(tensor.shape) or tensor, lambda tensor: tensor):
-        vcopd.on_tokens(terms, batch, *hidden)
+        vcopd.on_tokens(policy, vcopd.token_terms, 0.8, batch, *hidden)
         assert all(len(VOCAB) not in shape for shape in kept)
-        terms(batch.completion[batch.mask], *(h[batch.mask] for h in hidden))  # no checkpoint
+        vcopd.token_terms(policy.model, 0.8, batch.completion[batch.mask], *hidden)
         assert any(len(VOCAB) in shape for shape in kept)  # so the hook does see logits
 
 
@@ -1043,17 +1085,18 @@ def test_splitting_into_micro_batches_changes_neither_loss_nor_gradient():
 
 
 @pytest.mark.parametrize("most", [1, 12, 22, 40])
-@pytest.mark.parametrize("shapes", [[(3, 4), (9, 1), (5, 6), (2, 3)],
-                                    [(10, 1), (1, 10), (9, 2), (2, 9)]])
-def test_micro_batches_hold_every_row_once_and_the_model_never_sees_more_tokens(most, shapes):
+@pytest.mark.parametrize("batch", [
+    ragged_batch(), ragged_batch([(10, 1), (1, 10), (9, 2), (2, 9)]), siblings()],
+    ids=["ragged", "opposite", "siblings"])
+def test_micro_batches_hold_every_row_once_and_the_model_never_sees_more_tokens(most, batch):
     """The limit is there for memory: it must bound what really goes through the model, also when
     the longest prompt and the longest answer stand in different rows.
     """
-    policy, batch, seen = tiny_policy(), ragged_batch(shapes=shapes), []
+    policy, seen = tiny_policy(), []
     policy.model.base_model.register_forward_pre_hook(
         lambda module, inputs, options: seen.append(inputs[0].numel()), with_kwargs=True)
-    groups = vcopd.micro_batches(batch, most)
-    assert sorted(torch.cat(groups).tolist()) == [0, 1, 2, 3]
+    groups = vcopd.micro_batches(policy, batch, most)
+    assert sorted(torch.cat(groups).tolist()) == list(range(len(batch.contexts)))
     for index in groups:
         vcopd.completion_hidden(policy, vcopd.BASE, batch.rows(index))
     assert all(tokens <= most or len(index) == 1
@@ -1065,9 +1108,9 @@ def test_nothing_under_the_mask_can_poison_the_loss(poison):
     """NaN * 0 is NaN: a masked value must be left out, not multiplied away."""
     policy, batch = tiny_policy(moved=0.2), ragged_batch()
     hidden = vcopd.completion_hidden(policy, policy.student, batch)
-    hidden = torch.where(batch.mask[..., None], hidden, poison)
-    terms = partial(vcopd.token_terms, policy.model, 0.8)
-    logp, kl, entropy = vcopd.on_tokens(terms, batch, hidden, hidden.detach() * 0.9)
+    logp, kl, entropy = vcopd.on_tokens(policy, vcopd.token_terms, 0.8, batch, hidden,
+                                        hidden.detach() * 0.9)
+    logp, kl, entropy = (torch.where(batch.mask, t, poison) for t in (logp, kl, entropy))
     bad = torch.where(batch.mask, logp.detach(), poison)
     part = experience([1.0, -1.0, 0.5, 2.0], bad, torch.where(batch.mask, 0.1, poison), batch.mask)
     loss, info = vcopd.vcopd_loss(torch.stack([logp, kl, entropy]), part, 0.1, 14, TOY)
@@ -1668,9 +1711,10 @@ def test_a_teacher_who_is_the_student_with_the_same_prompt_has_no_gap(kind, teac
     examples = [tasks.Example("", prompt, "", "") for prompt in ("def f(x):", "x" * 40)]
     prompts = [policy.encode(example.prompt) for example in examples]
     batch = vcopd.sample(policy, policy.student, prompts, 2, cfg, vcopd.seeded("rollouts"))
-    parts = vcopd.ask_reference(policy, batch, torch.zeros(4), cfg)
+    parts = vcopd.ask_reference(policy, batch, cfg)
     rows = [example for example in examples for _ in range(2)]
     for part in parts:
+        part.advantage = torch.zeros(len(part.index))
         part.logp_teacher = vcopd.ask_teacher(policy, part, rows, cfg)
     state = vcopd.State(torch.optim.Adam(vcopd.adapter_parameters(policy.model, "policy")), 0.01)
     vcopd.update(policy, parts, None, state, cfg)
@@ -1688,7 +1732,7 @@ def test_a_stronger_teacher_reads_the_prompt_in_its_own_template(models, tmp_pat
     monkeypatch.setattr(vcopd, "completion_hidden", lambda policy, role, batch: (
         seen.append(batch.contexts[0]), scoring(policy, role, batch))[1])
     batch = rollouts(policy, config(models["llama"]))
-    part = vcopd.ask_reference(policy, batch, torch.zeros(4), config(models["llama"]))[0]
+    part = vcopd.ask_reference(policy, batch, config(models["llama"]))[0]
     example = tasks.Example("", "question", "", "the secret")
     vcopd.ask_teacher(policy, part, [example] * 4, config(models["llama"]))
     text = policy.tokenizer.decode(seen[-1])
@@ -2580,7 +2624,9 @@ def one_update(cfg: vcopd.Config, out: Path) -> None:
     optimizer = torch.optim.SGD(vcopd.adapter_parameters(policy.model, "policy"), lr=1.0)
     state = vcopd.State(optimizer, 0.5, replay=batch)
     rows = vcopd.mine(torch.arange(len(batch.contexts)).view(-1, cfg.rollouts)).flatten()
-    parts = vcopd.ask_reference(policy, batch.rows(rows), advantage[rows], cfg)
+    parts = vcopd.ask_reference(policy, batch.rows(rows), cfg)
+    for part in parts:
+        part.advantage = advantage[rows][part.index]
     for epoch in range(2):
         replay = vcopd.draw_replay(state, len(rows), epoch, cfg)
         info = vcopd.update(policy, parts, replay, state, cfg)

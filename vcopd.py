@@ -65,6 +65,7 @@ D hidden size, N tokens picked by a mask.
 
 import argparse
 import contextlib
+import ctypes
 import difflib
 import errno
 import hashlib
@@ -151,7 +152,7 @@ class Config:
     kl_target: float = knob(0.03, "nats per token above which beta grows (Eq. 9)", low=0.0)
     entropy_coef: float = knob(0.001, "eta of Eq. 11", low=0.0)
     max_grad_norm: float = knob(1.0, "gradients are scaled down to this norm", low=0.0)
-    micro_tokens: int = knob(8192, "tokens (prompt and answer) in one forward pass", low=1)
+    micro_tokens: int = knob(2048, "tokens (prompt and answer) in one forward pass", low=1)
     # replay
     replay_share: float = knob(0.1, "r of Eq. 12", low=0.0, high=0.9)
     replay_every: int = knob(200, "steps between refreshes of the replay pool", low=1)
@@ -348,6 +349,7 @@ import torch.nn.functional as F  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 from tqdm import tqdm  # noqa: E402
+from transformers.cache_utils import DynamicLayer  # noqa: E402
 
 
 class RunError(Exception):
@@ -420,7 +422,8 @@ def seeded(*parts) -> torch.Generator:
 class LoRALinear(nn.Module):
     """A frozen linear layer with named low-rank updates: y = W x + (alpha / r) B A x.
 
-    Hu et al. 2021, arXiv:2106.09685. Adapters are float32 whatever the dtype of the base.
+    Hu et al. 2021, arXiv:2106.09685. Adapters are held in float32 and applied in the dtype of
+    the base, as under autocast.
     """
 
     def __init__(self, base: nn.Module):
@@ -447,8 +450,8 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
         for name in self.active:
-            low = F.linear(x.to(self.lora_A[name].dtype), self.lora_A[name])
-            y = y + (F.linear(low, self.lora_B[name]) * self.scale[name]).to(y.dtype)
+            a, b = self.lora_A[name].to(x.dtype), self.lora_B[name].to(x.dtype)
+            y = y.add(F.linear(F.linear(x, a), b), alpha=self.scale[name])
         return y
 
 
@@ -515,6 +518,7 @@ class Policy:
     reference: tuple[str, ...] = BASE  # pi_ref and the self teacher. differs: after Step 1
     specialist: bool = False  # the teacher is the adapter of that name
     stronger: "Policy | None" = None  # the teacher is another model
+    pack: int = 1024  # tokens in a row of several answers: in longer ones attention costs more
 
     @property
     def teacher(self) -> "tuple[Policy, tuple[str, ...]]":
@@ -567,13 +571,58 @@ def draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Gene
     """
     if temperature == 0:
         return logits.argmax(-1)
-    probs, order = F.softmax(logits.float() / temperature, -1).sort(-1, descending=True)
+    full = F.softmax(logits.float() / temperature, -1)
+    probs, order = full.topk(min(256, full.shape[-1]))  # as a rule they hold the nucleus
+    if (probs.sum(-1) < top_p).any():
+        probs, order = full.sort(-1, descending=True)
     probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)  # (B, V)
     uniform = torch.rand(len(probs), 1, generator=generator).to(probs.device)
     total = probs.cumsum(-1)
     choice = torch.searchsorted(total, uniform * total[:, -1:], right=True)
     inside = (probs > 0).sum(-1, keepdim=True)  # rounding must not lead out of the nucleus
     return order.gather(-1, torch.minimum(choice, inside - 1))[:, 0]
+
+
+class RoomyLayer(DynamicLayer):
+    """The cache of one layer, with room for the answers: its parent copies it for each token."""
+
+    def __init__(self, prompts: DynamicLayer, k: int, room: int):
+        """Each prompt's keys and values (P, heads, T, D) for its K rollouts, and `room` more."""
+        super().__init__()
+        self.is_initialized = True
+        self.stores = [F.pad(held.repeat_interleave(k, 0), (0, 0, 0, room))
+                       for held in (prompts.keys, prompts.values)]
+        self.show(prompts.get_seq_length())
+
+    def show(self, end: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the tokens so far: views."""
+        self.keys, self.values = (store[:, :, :end] for store in self.stores)
+        return self.keys, self.values
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        """Write behind what is held; return all of it."""
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        for store, new in zip(self.stores, (key_states, value_states), strict=True):
+            store[:, :, start:end] = new
+        return self.show(end)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows."""
+        self.stores = [store[indices] for store in self.stores]
+        self.show(self.get_seq_length())
+
+
+def share_cache(cache, k: int, room: int) -> None:
+    """Let the K rollouts of each prompt begin with its cache, and with room for their tokens."""
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[i] = RoomyLayer(layer, k, room)
+        else:  # sliding windows, states
+            layer.batch_repeat_interleave(k)
+
+
+DROP = 0.9  # finished rows leave when this share goes on: copying the cache takes a token's time
 
 
 @torch.no_grad()
@@ -587,22 +636,23 @@ def sample(policy: Policy, role: tuple[str, ...], prompts: list[list[int]], k: i
     completion = torch.full((len(prompts) * k, cfg.max_new_tokens), policy.pad_id)
     completion = completion.to(policy.device)
     alive = torch.arange(len(completion), device=policy.device)
+    going = torch.ones_like(alive, dtype=torch.bool)
     with adapters(policy.model, role):
         out = policy.model.base_model(ids, attention_mask=seen.long(), use_cache=True,
                                       position_ids=(seen.cumsum(1) - 1).clamp(min=0))
         cache = out.past_key_values
-        cache.batch_repeat_interleave(k)
+        share_cache(cache, k, cfg.max_new_tokens)
         hidden = out.last_hidden_state[:, -1].repeat_interleave(k, 0)  # (B, D)
         seen = seen.repeat_interleave(k, 0)
         for t in range(cfg.max_new_tokens):
             token = draw(head(policy.model, hidden), cfg.temperature, cfg.top_p, generator)
             completion[alive, t] = token
-            going = ~torch.isin(token, policy.stop_ids)
-            if not going.all():
-                cache.batch_select_indices(going.nonzero()[:, 0])
-                alive, token, seen = alive[going], token[going], seen[going]
-            if not len(alive):
+            going &= ~torch.isin(token, policy.stop_ids)
+            if not going.any():
                 break
+            if going.sum() <= DROP * len(going):
+                cache.batch_select_indices(going.nonzero()[:, 0])
+                alive, token, seen, going = (rows[going] for rows in (alive, token, seen, going))
             seen = F.pad(seen, (0, 1), value=True)
             out = policy.model.base_model(
                 token[:, None], attention_mask=seen.long(), use_cache=True,
@@ -610,6 +660,7 @@ def sample(policy: Policy, role: tuple[str, ...], prompts: list[list[int]], k: i
             hidden = out.last_hidden_state[:, -1]
     contexts = [prompt for prompt in prompts for _ in range(k)]
     mask = stop_mask(completion, policy.stop_ids)
+    completion = completion.masked_fill(~mask, policy.pad_id)
     return Batch(contexts, completion, mask).rows(torch.arange(len(completion)))
 
 
@@ -625,20 +676,62 @@ def head(model: nn.Module, hidden: Tensor) -> Tensor:
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def completion_hidden(policy: Policy, role: tuple[str, ...], batch: Batch) -> Tensor:
-    """The hidden states that predict each completion token under a role: (B, T, D).
+def packs(batch: Batch, most: int) -> list[list[int]]:
+    """Neighbouring rows with the same context, in groups that fit `most` tokens side by side."""
+    groups, used = [], 0
+    for row, (context, length) in enumerate(zip(batch.contexts, batch.mask.sum(1).tolist(),
+                                                strict=True)):
+        used += length
+        if row == 0 or context != batch.contexts[row - 1] or used > most:
+            groups.append([])
+            used = len(context) + length
+        groups[-1].append(row)
+    return groups
 
-    Padding stands on the right of a causal model, so no real token sees it.
+
+def side_by_side(context: list[int], answers: list[list[int]]) -> tuple[list[int], ...]:
+    """A prompt and its answers in one row, so that the prompt is read once.
+
+    Returns ids, positions, owners (0: the prompt, k: the k-th answer), and the places in the row
+    whose hidden states predict the answers' tokens. No answer's last token has to be read.
     """
-    rows = [context + ids[mask].tolist() for context, ids, mask
-            in zip(batch.contexts, batch.completion, batch.mask, strict=True)]
-    ids = pad(rows, policy.pad_id)[0].to(policy.device)
+    ids, positions, owners, predictors = list(context), list(range(len(context))), [], []
+    owners = [0] * len(context)
+    for k, answer in enumerate(answers, 1):
+        predictors += [len(context) - 1, *range(len(ids), len(ids) + len(answer) - 1)]
+        positions += range(len(context), len(context) + len(answer) - 1)
+        owners += [k] * (len(answer) - 1)
+        ids += answer[:-1]
+    return ids, positions, owners, predictors
+
+
+def apart(owners: Tensor, dtype: torch.dtype) -> Tensor:
+    """The attention mask (b, 1, L, L) under which an answer sees the prompt and itself."""
+    seen = (owners[:, :, None] == owners[:, None, :]) | (owners[:, None, :] == 0)
+    hidden = torch.finfo(dtype).min
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(
+        ~seen.tril(), hidden)[:, None]
+
+
+def completion_hidden(policy: Policy, role: tuple[str, ...], batch: Batch) -> Tensor:
+    """The hidden states that predict the N unmasked completion tokens under a role: (N, D).
+
+    Rows with the same context share it. Padding stands on the right of a causal model, so no
+    real token sees it.
+    """
+    groups = packs(batch, policy.pack)
+    rows = [side_by_side(batch.contexts[group[0]],
+                         [batch.completion[i][batch.mask[i]].tolist() for i in group])
+            for group in groups]
+    ids, positions, owners = (pad([row[part] for row in rows], value)[0].to(policy.device)
+                              for part, value in ((0, policy.pad_id), (1, 0), (2, -1)))
+    shared = len(groups) < len(batch.contexts)
+    mask = apart(owners, policy.model.dtype) if shared else None  # None: causal
     with adapters(policy.model, role):
-        hidden = policy.model.base_model(ids, use_cache=False).last_hidden_state  # (B, L, D)
-    first = torch.tensor([len(c) - 1 for c in batch.contexts], device=policy.device)
-    where = first[:, None] + torch.arange(batch.mask.shape[1], device=policy.device)  # (B, T)
-    where = where.clamp(max=hidden.shape[1] - 1)  # behind a short row: whatever, it is masked
-    return hidden.gather(1, where[..., None].expand(-1, -1, hidden.shape[-1]))
+        hidden = policy.model.base_model(ids, attention_mask=mask, position_ids=positions,
+                                         use_cache=False).last_hidden_state  # (b, L, D)
+    where = [i * ids.shape[1] + place for i, row in enumerate(rows) for place in row[3]]
+    return hidden.flatten(0, 1).index_select(0, torch.tensor(where, device=policy.device))
 
 
 def token_logps(model: nn.Module, temperature: float, ids: Tensor, hidden: Tensor) -> Tensor:
@@ -657,17 +750,18 @@ def token_terms(model: nn.Module, temperature: float, ids: Tensor, hidden: Tenso
     return torch.stack([logp.gather(-1, ids[:, None])[:, 0], kl, entropy])
 
 
-CHUNK = 1024  # tokens whose (N, V) logits exist at one time
+LOGITS = 2**22  # that exist at one time
 
 
-def on_tokens(terms, batch: Batch, *hidden: Tensor) -> Tensor:
-    """Apply `terms(ids, *hidden)` to the unmasked tokens, some at a time: -> (..., B, T).
+def on_tokens(policy: Policy, terms, temperature: float, batch: Batch, *hidden: Tensor) -> Tensor:
+    """Apply `terms(model, temperature, ids, *hidden)` to the N unmasked tokens, some at a time: -> (..., B, T).
 
     No (B, T, V) tensor ever exists: chunks are recomputed in the backward pass. Padding is 0.
     """
-    picked = [batch.completion[batch.mask], *(h[batch.mask] for h in hidden)]
-    chunks = [checkpoint(terms, *chunk, use_reentrant=False)
-              for chunk in zip(*(t.split(CHUNK) for t in picked), strict=True)]
+    size = max(1, LOGITS // policy.model.config.vocab_size)
+    chunks = [checkpoint(terms, policy.model, temperature, *chunk, use_reentrant=False)
+              for chunk in zip(*(t.split(size) for t in (batch.completion[batch.mask], *hidden)),
+                               strict=True)]
     flat = torch.cat(chunks, -1)  # (..., N)
     out = flat.new_zeros(*flat.shape[:-1], *batch.mask.shape)
     return out.masked_scatter(batch.mask.expand_as(out), flat)
@@ -728,8 +822,8 @@ class Experience:
 
     batch: Batch
     index: Tensor  # (b,) row numbers in the whole batch
-    advantage: Tensor  # (b,)
-    hidden_ref: Tensor  # (b, T, D) of pi_ref: its logits would be V / D times larger
+    hidden_ref: Tensor  # (N, D) of pi_ref: its logits would be V / D times larger
+    advantage: Tensor | None = None  # (b,)
     logp_teacher: Tensor | None = None  # (b, T)
     logp_old: Tensor | None = None  # (b, T), seen in the first epoch, before any update
     gap: Tensor | None = None  # (b, T)
@@ -787,10 +881,10 @@ def adapt_kl_coef(kl_coef: float, kl: float, cfg: Config) -> float:
 def mean_logps(policy: Policy, batch: Batch, cfg: Config) -> list[float]:
     """The student's self-confidence in each row: its mean log-prob of a token."""
     confidence = [0.0] * len(batch.mask)
-    score = partial(token_logps, policy.model, cfg.temperature)
-    for index in micro_batches(batch, cfg.micro_tokens):
+    for index in micro_batches(policy, batch, cfg.micro_tokens):
         part = batch.rows(index)
-        logp = on_tokens(score, part, completion_hidden(policy, policy.student, part))  # (b, T)
+        hidden = completion_hidden(policy, policy.student, part)
+        logp = on_tokens(policy, token_logps, cfg.temperature, part, hidden)  # (b, T)
         for row, value in zip(index.tolist(), logp.sum(1) / part.mask.sum(1), strict=True):
             confidence[row] = value.item()
     return confidence
@@ -819,7 +913,7 @@ def nll_loss(policy: Policy, role: tuple[str, ...], batch: Batch, temperature: f
              tokens: int) -> Tensor:
     """Negative log-likelihood over `tokens`. differs: no PPO ratio, pi_old is long gone."""
     hidden = completion_hidden(policy, role, batch)
-    logp = on_tokens(partial(token_logps, policy.model, temperature), batch, hidden)
+    logp = on_tokens(policy, token_logps, temperature, batch, hidden)
     return -token_mean(logp, batch.mask, tokens)
 
 
@@ -845,27 +939,28 @@ def verify_all(verify, examples: list, answers: list[str]) -> list[tasks.Verdict
         return list(pool.map(verify, examples, answers))
 
 
-def micro_batches(batch: Batch, most: int) -> list[Tensor]:
+def micro_batches(policy: Policy, batch: Batch, most: int) -> list[Tensor]:
     """Row numbers in groups of similar length, each at `most` so many tokens when padded."""
-    lengths = torch.tensor([len(c) for c in batch.contexts]) + batch.mask.sum(1).cpu()
-    groups, group = [], []
-    for row in lengths.argsort(stable=True).tolist():
-        if group and (len(group) + 1) * int(lengths[row]) > most:
-            groups.append(torch.tensor(group))
-            group = []
-        group.append(row)
-    return [*groups, torch.tensor(group)]
+    lengths = batch.mask.sum(1).tolist()
+    sized = [(len(batch.contexts[pack[0]]) + sum(lengths[i] for i in pack), pack)
+             for pack in packs(batch, min(policy.pack, most))]
+    parts, members = [], []
+    for size, pack in sorted(sized, key=lambda pair: pair[0]):
+        if members and (len(members) + 1) * size > most:
+            parts.append(members)
+            members = []
+        members.append(pack)
+    return [torch.tensor(sum(members, [])) for members in [*parts, members]]
 
 
 @torch.no_grad()
-def ask_reference(policy: Policy, batch: Batch, advantage: Tensor,
-                  cfg: Config) -> list[Experience]:
+def ask_reference(policy: Policy, batch: Batch, cfg: Config) -> list[Experience]:
     """Micro-batches of the rollouts, each with what the reference thinks of them."""
     parts = []
-    for index in micro_batches(batch, cfg.micro_tokens):
+    for index in micro_batches(policy, batch, cfg.micro_tokens):
         part = batch.rows(index)
         hidden_ref = completion_hidden(policy, policy.reference, part)
-        parts.append(Experience(part, index, advantage[index.to(advantage.device)], hidden_ref))
+        parts.append(Experience(part, index, hidden_ref))
     return parts
 
 
@@ -875,8 +970,8 @@ def ask_teacher(policy: Policy, part: Experience, examples: list, cfg: Config) -
     teacher, role = policy.teacher
     hints = [teacher.encode(tasks.privileged_prompt(examples[i])) for i in part.index.tolist()]
     hinted = replace(part.batch, contexts=hints)
-    score = partial(token_logps, teacher.model, cfg.temperature)
-    return on_tokens(score, hinted, completion_hidden(teacher, role, hinted))
+    return on_tokens(teacher, token_logps, cfg.temperature, hinted,
+                     completion_hidden(teacher, role, hinted))
 
 
 def total_loss(loss: Tensor | float, loss_replay: Tensor | float, share: float) -> Tensor:
@@ -892,8 +987,8 @@ def update(policy: Policy, parts: list[Experience], replay: Batch | None, state:
     sums: dict[str, float] = {}
     for part in parts:
         hidden = completion_hidden(policy, policy.student, part.batch)
-        terms = on_tokens(partial(token_terms, policy.model, cfg.temperature), part.batch,
-                          hidden, part.hidden_ref)
+        terms = on_tokens(policy, token_terms, cfg.temperature, part.batch, hidden,
+                          part.hidden_ref)
         if part.logp_old is None:  # before the first update, the student is pi_old
             part.logp_old = terms[0].detach()
             part.gap = teacher_gap(part.logp_teacher, part.logp_old, cfg.gap_clip)
@@ -902,7 +997,7 @@ def update(policy: Policy, parts: list[Experience], replay: Batch | None, state:
         for name, value in info.items():
             sums[name] = sums.get(name, 0.0) + value.item()
     replay_tokens = total(int(replay.mask.sum())) if replay else 0
-    for index in micro_batches(replay, cfg.micro_tokens) if replay else []:
+    for index in micro_batches(policy, replay, cfg.micro_tokens) if replay else []:
         loss_replay = nll_loss(policy, policy.student, replay.rows(index), cfg.temperature,
                                replay_tokens)
         total_loss(0.0, loss_replay, share).backward()
@@ -936,20 +1031,24 @@ def train_step(policy: Policy, task: tasks.Task, examples: list, state: State,
     generator = seeded("rollouts", cfg.seed, world() * state.step + rank())
     batch = sample(policy, policy.student, prompts, cfg.rollouts, cfg, generator)
 
-    # let the verifier decide what each is worth, and compare within each group
+    # let the verifier decide what each is worth; meanwhile reference and teacher read them, once
     rows = [example for example in examples for _ in range(cfg.rollouts)]
     answers = policy.decode(batch)
-    verdicts = verify_all(task.verify, rows, answers)
+    with ThreadPoolExecutor(os.cpu_count()) as judges:
+        verdicts = judges.map(task.verify, rows, answers)
+        parts = ask_reference(policy, batch, cfg)
+        if cfg.teacher != "none" and cfg.teacher_coef > 0:
+            for part in parts:
+                part.logp_teacher = ask_teacher(policy, part, rows, cfg)
+
+    # compare the verdicts within each group
+    verdicts = list(verdicts)
     reward = torch.tensor([float(v.reward) for v in verdicts], device=policy.device)  # Eq. 1
     advantage = group_advantage(reward, cfg.rollouts)
     if cfg.method == "opd":  # blind distillation looks at no verdict
         advantage = torch.zeros_like(advantage)
-
-    # let reference and teacher read the rollouts, once
-    parts = ask_reference(policy, batch, advantage, cfg)
-    if cfg.teacher != "none" and cfg.teacher_coef > 0:
-        for part in parts:
-            part.logp_teacher = ask_teacher(policy, part, rows, cfg)
+    for part in parts:
+        part.advantage = advantage[part.index.to(advantage.device)]
 
     # now and then, collect the student's best answers to prompts about old skills
     if cfg.replay_share > 0 and state.step % cfg.replay_every == 0:
@@ -1042,7 +1141,7 @@ def imitate(policy: Policy, role: tuple[str, ...], batch: Batch, tokens: int,
             micro_tokens: int) -> float:
     """Add up the gradients of the NLL over `tokens` at temperature 1; returns its value."""
     value = 0.0
-    for index in micro_batches(batch, micro_tokens):
+    for index in micro_batches(policy, batch, micro_tokens):
         loss = nll_loss(policy, role, batch.rows(index), 1.0, tokens)
         loss.backward()
         value += loss.item()
@@ -1314,9 +1413,15 @@ def load_frozen(name: str, cfg: Config) -> Policy:
         recompute_layers(model)
     stops = torch.tensor(stop_tokens(tokenizer, model.generation_config), device=device)
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    policy = Policy(model.to(device), tokenizer, stops, pad_id)
+    policy = Policy(model.to(device), tokenizer, stops, pad_id, pack=shared_row(model.config))
     self_check(policy, name)
     return policy
+
+
+def shared_row(config) -> int:
+    """Tokens up to which answers share a row: none where layers differ in what they attend to."""
+    local = ("sliding_window", "attention_chunk_size", "window_size")
+    return 0 if any(getattr(config, name, None) for name in local) else Policy.pack
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
@@ -1392,7 +1497,7 @@ def memory_needed(plan: nn.Module, dtype: torch.dtype, cfg: Config) -> dict[str,
     kept = ACTIVATIONS * sum(out * wide + inp * 4 for out, inp in shapes)  # by a token
     if recomputes(plan, cfg):
         kept = kept / depth + wide * config.hidden_size * depth
-    logits = 6 * 4 * CHUNK * config.vocab_size
+    logits = 6 * 4 * LOGITS
     return {"weights": linear * weight + others * wide,
             "adapters and optimiser": 4 * 4 * cfg.lora_rank * sum(map(sum, shapes)),
             f"a micro-batch of {cfg.micro_tokens} tokens": cfg.micro_tokens * kept + logits}
@@ -1448,21 +1553,27 @@ def self_check(policy: Policy, name: str) -> None:
     """Raise RunError unless the model does what sampling and scoring rely on.
 
     Its own logits for a bare prompt, against `head` of the hidden states when padding stands on
-    the left of that prompt and another token on its right.
+    the left of that prompt and another token on its right; and for a prompt with one answer,
+    against two that share it.
     """
     ids = policy.encode("Hello")
     row = torch.tensor([[policy.pad_id, *ids, ids[0]]], device=policy.device)
     seen = torch.ones_like(row)
     seen[0, 0] = 0
-    own = policy.model(row[:, 1:-1]).logits[0, -1].float()  # (V,)
     out = policy.model.base_model(row, attention_mask=seen, use_cache=False,
                                   position_ids=(seen.cumsum(1) - 1).clamp(min=0))
-    ours = head(policy.model, out.last_hidden_state[0, -2]).float()
-    error = ((ours - own).abs().max() / own.abs().max()).item()
-    if error > (1e-3 if own.dtype == policy.model.dtype else 0.05):  # bfloat16 has 8 bits
-        raise RunError(f"{name} is of the architecture {policy.model.config.model_type}, which is "
-                       f"not supported: its logits differ from head(hidden states) by {error:.0%} "
-                       "(scaled logits, unusual positions, or attention to later tokens)")
+    answers = torch.tensor([ids[:1] * 2, ids[-1:] * 2], device=policy.device)  # (2, 2)
+    shared = completion_hidden(policy, BASE, Batch([ids] * 2, answers, answers == answers))
+    pairs = [(row[:, 1:-1], out.last_hidden_state[0, -2]),
+             (torch.tensor([[*ids, ids[-1]]], device=policy.device), shared[-1])]
+    for context, hidden in pairs:
+        own, ours = policy.model(context).logits[0, -1].float(), head(policy.model, hidden).float()
+        error = ((ours - own).abs().max() / own.abs().max()).item()
+        if error > (1e-3 if policy.model.dtype == torch.float32 else 0.05):  # bfloat16 has 8 bits
+            raise RunError(f"{name} is of the architecture {policy.model.config.model_type}, which "
+                           f"is not supported: its logits differ from head(hidden states) by "
+                           f"{error:.0%} (scaled logits, unusual positions, attention to later "
+                           "tokens, or a mask of its own)")
 
 
 def recompute_layers(model: nn.Module) -> None:
@@ -1631,9 +1742,9 @@ def movement(policy: Policy, p: tuple[str, ...], q: tuple[str, ...], batches: li
     `batches` are samples of p at temperature 1, so the states are those that p visits.
     """
     total, tokens = torch.zeros(2), sum(int(batch.mask.sum()) for batch in batches)
-    for part in (b.rows(i) for b in batches for i in micro_batches(b, cfg.micro_tokens)):
+    for part in (b.rows(i) for b in batches for i in micro_batches(policy, b, cfg.micro_tokens)):
         hidden = [completion_hidden(policy, role, part) for role in (p, q)]
-        terms = on_tokens(partial(token_terms, policy.model, 1.0), part, *hidden)
+        terms = on_tokens(policy, token_terms, 1.0, part, *hidden)
         total += terms[1:].sum((1, 2)).cpu()
     kl, entropy = (total / tokens).tolist()
     return kl, entropy
@@ -2365,9 +2476,18 @@ def failure_sentence(error: Exception, out: Path, cfg: Config) -> str:
     return ""
 
 
+def keep_memory() -> None:
+    """Let glibc keep what is freed: fetching it anew for each large tensor is 40 % of a step."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # other C libraries
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, in bytes
+        libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
+
+
 def main(cfg: Config, resuming: bool) -> int:
     """Run. Exit code 0 also for `not improved`; 2 for what a user can mend; 130 for Ctrl-C."""
     out = Path(cfg.out)
+    keep_memory()
     try:
         join_ranks(cfg)
         if cfg.bench:
