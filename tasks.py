@@ -1922,17 +1922,18 @@ def verify_skill(example: Example, answer: str) -> Verdict:
     return Verdict(float(right), right, True, "ok" if right else "wrong", {})
 
 
-def skill_examples(count: int, seed: str) -> tuple[list[Example], list[Example]]:
-    """`count` anchors and `count` benchmark problems for each skill; no prompt is in both."""
-    rng, anchors, benchmark = random.Random(seed), [], []
+def skill_examples(seed: str, *counts: int) -> list[list[Example]]:
+    """One list for each count, with so many problems of each skill; no prompt is in two of them."""
+    rng, lists = random.Random(seed), [[] for _ in counts]
     for skill in SKILLS:
         found: dict[str, Example] = {}
-        while len(found) < 2 * count:
+        while len(found) < sum(counts):
             example = skill(rng)
             found[example.prompt] = replace(example, id=f"{example.skill}/{len(found)}")
-        drawn = list(found.values())
-        anchors, benchmark = anchors + drawn[:count], benchmark + drawn[count:]
-    return anchors, benchmark
+        drawn = iter(found.values())
+        for examples, count in zip(lists, counts, strict=True):
+            examples += itertools.islice(drawn, count)
+    return lists
 
 
 # =============================================================================================
@@ -1948,8 +1949,9 @@ class Task:
     verify: Callable[[Example, str], Verdict]
     train: list[Example]
     evals: dict[str, list[Example]]  # the first split is the one that the verdict is about
-    anchors: list[Example]
-    benchmark: list[Example]
+    anchors: list[Example]  # prompts about old skills, for replay
+    benchmark: list[Example]  # problems of old skills, for evaluation
+    validation: tuple[list[Example], list[Example]]  # as evals and benchmark, to choose options on
     corpus: Callable[[random.Random], tuple[str, str]]  # a (prompt, answer) of tiny's pretraining
     edit_metrics: tuple[str, ...] = ()  # keys of Verdict.metrics to report; lower is better
 
@@ -2012,12 +2014,13 @@ def edit_document(rng: random.Random) -> tuple[str, str]:
 def code_edit() -> Task:
     """Repair a function by the smallest edit."""
     seen, unseen = read_families(FAMILIES), read_families(FAMILIES_UNSEEN)
-    anchors, benchmark = skill_examples(20, "skills")
+    anchors, benchmark, old_skills = skill_examples("skills", 20, 20, 8)
+    validation = edit_problems(seen, OPERATORS, VALID, 200, "validation"), old_skills
     return Task("codeedit", verify_edit,
                 edit_problems(seen, OPERATORS, TRAIN, 1200, "train"),
                 {"in_domain": edit_problems(seen, OPERATORS, TEST, 200, "in domain"),
                  "out_of_domain": edit_problems(unseen, OPERATORS_UNSEEN, TEST, 200, "out")},
-                anchors, benchmark, edit_document, ("excess_edit", "acc", "ulr"))
+                anchors, benchmark, validation, edit_document, ("excess_edit", "acc", "ulr"))
 
 
 # --- arithmetic ---
@@ -2089,11 +2092,12 @@ def sum_document(rng: random.Random) -> tuple[str, str]:
 
 def arithmetic() -> Task:
     """Order of operations in small sums."""
-    anchors, benchmark = skill_examples(20, "skills")
+    anchors, benchmark, old_skills = skill_examples("skills", 20, 20, 8)
     return Task("arithmetic", verify_arithmetic, sums(FORMS, TRAIN, 280, "train"),
                 {"in_domain": sums(FORMS, TEST, 90, "in domain"),
                  "out_of_domain": sums(FORMS_UNSEEN, TEST, 90, "out")},
-                anchors, benchmark, sum_document)
+                anchors, benchmark, (sums(FORMS, VALID, 90, "validation"), old_skills),
+                sum_document)
 
 
 WEB_MIX = {"task": 60, "skills": 30, "copying": 10}  # what tiny's pretraining is made of

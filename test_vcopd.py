@@ -3,6 +3,7 @@
 import ast
 import bisect
 import contextlib
+import copy
 import errno
 import functools
 import gzip
@@ -27,9 +28,9 @@ import time
 import tokenize
 import types
 import warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -490,10 +491,13 @@ def test_the_nucleus_is_the_smallest_set_that_reaches_top_p(top_p, nucleus):
     assert (seen - inside / inside.sum()).abs().max() < 0.009
 
 
-def test_the_nucleus_agrees_with_the_one_of_transformers():
-    """An independent judge, on 200 random distributions."""
+@pytest.mark.parametrize("vocab, spread", [(30, 3), (2000, 4), (2000, 0.1)])
+def test_the_nucleus_agrees_with_the_one_of_transformers(vocab, spread):
+    """An independent judge, on 200 random distributions: also on vocabularies of which the 256
+    most likely tokens hold the nucleus, or do not.
+    """
     from transformers import TopPLogitsWarper
-    logits = 3 * torch.randn(200, 30, generator=vcopd.seeded("logits"))
+    logits = spread * torch.randn(200, vocab, generator=vcopd.seeded("logits"))
     allowed = TopPLogitsWarper(0.9)(None, logits).isfinite()
     for seed in range(20):
         tokens = vcopd.draw(logits, 1.0, 0.9, vcopd.seeded("test", seed))
@@ -3508,6 +3512,140 @@ def alive(group: int) -> list[str]:
     """Processes of a group that have not ended."""
     lines = subprocess.run(["ps", "-eo", "pgid,stat"], capture_output=True, text=True).stdout
     return [row for row in lines.splitlines() if row.split()[0] == str(group) and "Z" not in row]
+
+
+# =============================================================================================
+# The tasks: families, bugs, splits, old skills
+# =============================================================================================
+
+
+@pytest.fixture(scope="module")
+def edits() -> tasks.Task:
+    """The code-edit task as it ships."""
+    return tasks.code_edit()
+
+
+def splits(task: tasks.Task) -> dict[str, list[tasks.Example]]:
+    """All problems of the new skill by the split they are in."""
+    return {"train": task.train, "validation": task.validation[0], **task.evals}
+
+
+def test_there_are_enough_families_and_bugs_and_the_unseen_ones_are_others():
+    """Names alone could hide a copy: the programs differ too, when names do not count."""
+    seen, unseen = (tasks.read_families(text) for text in (tasks.FAMILIES, tasks.FAMILIES_UNSEEN))
+    bodies = [re.sub(r"\w+", "", family.source.split('"""')[-1]) + family.name
+              for family in seen + unseen]
+    assert (len(seen), len(unseen)) >= (40, 12)
+    assert len({family.name for family in seen + unseen}) == len(bodies) == len(set(bodies))
+    assert len(tasks.OPERATORS) >= 12
+    assert not tasks.OPERATORS.keys() & tasks.OPERATORS_UNSEEN.keys()
+
+
+def test_every_family_and_every_bug_is_in_the_training_problems(edits):
+    """A family whose bugs no test sees would never be drawn, in silence."""
+    drawn = [example.id.split("/") for example in edits.train]
+    families = {family.name for family in tasks.read_families(tasks.FAMILIES)}
+    assert {family for family, _, _ in drawn} == families
+    assert {bug for _, bug, _ in drawn} == set(tasks.OPERATORS)
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "in_domain", "out_of_domain"])
+def test_the_reference_passes_and_the_bug_fails_in_the_real_judge(split, edits):
+    """And expected values are what the reference returns: run here, outside the judge."""
+    for example in splits(edits)[split][::10]:
+        fixed = tasks.verify_edit(example, example.reference)
+        assert (fixed.reward, fixed.reason) == (1.0, "ok"), example.id
+        assert tasks.run_example(example, example.buggy) != "ok", example.id
+        assert tasks.verify_edit(example, example.buggy).reward == -1.0
+        scope: dict = {}
+        exec(example.reference, scope)
+        for args, expected in example.tests:
+            assert scope[example.entry_point](*copy.deepcopy(args)) == expected
+
+
+def test_no_program_of_one_split_is_in_another(edits):
+    """By the bug-free program, so that no second bug in the same one leaks its repair."""
+    seen: dict[str, str] = {}
+    for split, examples in splits(edits).items():
+        assert len({e.prompt for e in examples}) == len(examples)
+        for example in examples:
+            assert seen.setdefault(example.reference, split) == split
+
+
+def test_out_of_domain_neither_family_nor_bug_is_known(edits):
+    known = {part for e in edits.train for part in e.id.split("/")[:2]}
+    assert not known & {part for e in edits.evals["out_of_domain"] for part in e.id.split("/")[:2]}
+
+
+def test_a_prompt_decides_its_repair(edits):
+    """Else about half is the most that any method could reach."""
+    answers: dict[str, set[str]] = {}
+    for examples in splits(edits).values():
+        for example in examples:
+            answers.setdefault(example.prompt, set()).add(example.reference)
+    assert all(len(repairs) == 1 for repairs in answers.values())
+
+
+def test_only_the_teacher_is_shown_the_solution(edits):
+    for example in edits.train[:50]:
+        assert example.reference not in example.prompt
+        assert example.reference in tasks.privileged_prompt(example)
+
+
+def test_the_web_holds_noisy_repairs_of_training_programs_only(edits):
+    """Pretraining must show how, must not prefer to, and must not know the test problems."""
+    rng = random.Random(0)
+    documents = [tasks.edit_document(rng) for _ in range(600)]
+    tested = {e.reference for name in ("in_domain", "out_of_domain") for e in edits.evals[name]}
+    tested |= {e.reference for e in edits.validation[0]}
+    assert not any(answer in tested for _, answer in documents)
+    plain = [(prompt, answer) for prompt, answer in documents if "A right answer:" not in prompt]
+    unfixed = sum(prompt.endswith(answer) or answer in prompt for prompt, answer in plain)
+    assert 0.6 < len(plain) / len(documents) < 0.8
+    assert abs(unfixed / len(plain) - tasks.WEB["unfixed"] / 100) < 0.06
+
+
+@pytest.mark.parametrize("name", ["arithmetic", "codeedit"])
+def test_a_task_is_the_same_every_time(name):
+    assert tasks.TASKS[name]() == tasks.TASKS[name]()
+
+
+@pytest.mark.parametrize("name", ["arithmetic", "codeedit"])
+def test_old_skills_are_seven_and_no_prompt_is_used_twice(name):
+    """Anchors are trained on: a benchmark that shared a prompt would measure nothing."""
+    task = tasks.TASKS[name]()
+    lists = [task.anchors, task.benchmark, task.validation[1]]
+    prompts = [example.prompt for examples in lists for example in examples]
+    assert len(set(prompts)) == len(prompts)
+    for examples, count in zip(lists, (20, 20, 8), strict=True):
+        assert set(Counter(e.skill for e in examples).values()) == {count}
+        assert len({e.skill for e in examples}) == 7
+
+
+def test_the_checkers_of_old_skills_are_exact(edits):
+    """The reference has the skill; nothing, or the answer to another question, has not. Talk around
+    an answer is an error too, but in a chat.
+    """
+    for one, two in itertools.pairwise(edits.benchmark):
+        assert tasks.verify_skill(one, one.reference).passed
+        assert not tasks.verify_skill(one, "").passed
+        talk = tasks.verify_skill(one, f"Sure! {one.reference} Hope this helps.")
+        assert talk.passed == (one.skill == "chat")
+        if one.skill != two.skill:
+            assert not tasks.verify_skill(one, two.reference).passed
+
+
+def test_sums_are_right_and_no_split_shares_one():
+    """Python does the sum; the way to it has one operation a line."""
+    task = tasks.arithmetic()
+    texts = [example.id.removeprefix("sum/") for examples in splits(task).values()
+             for example in examples]
+    assert len(set(texts)) == len(texts)
+    for example in task.train + task.evals["out_of_domain"]:
+        text = example.id.removeprefix("sum/")
+        assert int(example.hint) == eval(text)
+        assert tasks.verify_arithmetic(example, example.reference).reward == 1.0
+        assert tasks.verify_arithmetic(example, f"Answer: {eval(text) + 1}").reward == -1.0
 
 
 # =============================================================================================

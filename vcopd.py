@@ -191,11 +191,12 @@ EVAL_ONLY = ("eval_only", "task", "model", "eval_data", "benchmark", "out", "dev
              "quantize", "rollouts", "max_new_tokens", "eval_problems", "unsafe_judge")
 
 TINY = {  # the built-in model has 1 M parameters: what differs from the essay's defaults, and why
-    "steps": 32,  # two and a half minutes on 2 cores, and enough
-    "lr": 1e-3,  # small models want larger steps: at 1e-5 nothing moves in 32
+    "steps": 48,  # under two minutes on 2 cores, and enough
+    "lr": 1e-3,  # small models want larger steps: at 1e-5 nothing moves in 48
     "max_new_tokens": 96,  # its functions are short
-    "kl_coef": 0.1,  # 32 steps are too few for beta to find its level from 0.01
+    "kl_coef": 0.1,  # 48 steps are too few for beta to find its level from 0.01
     "replay_every": 10,  # 200 steps would be never
+    "replay_keep": 0.5,  # it has 20 prompts of each old skill: 4 would be learnt by heart
     "replay_share": 0.2,  # the upper end: so small a model forgets faster
     "eval_every": 10,
     "save_every": 10,
@@ -379,6 +380,11 @@ class Batch:
     completion: Tensor  # (B, T) ids, padded on the right
     mask: Tensor  # (B, T) True up to and including the first stop token
 
+    def answers(self) -> list[list[int]]:
+        """The completions as lists of ids, without padding."""
+        lengths = self.mask.sum(1).tolist()
+        return [row[:n] for row, n in zip(self.completion.tolist(), lengths, strict=True)]
+
     def rows(self, index: Tensor) -> "Batch":
         """The chosen rows, cut to their longest completion."""
         longest = int(self.mask[index].sum(1).max())
@@ -554,8 +560,7 @@ class Policy:
 
     def decode(self, batch: Batch) -> list[str]:
         """Completions as text, for the verifier and for people; training keeps the ids."""
-        rows = [ids[mask].tolist() for ids, mask in zip(batch.completion, batch.mask, strict=True)]
-        return self.tokenizer.batch_decode(rows, skip_special_tokens=True,
+        return self.tokenizer.batch_decode(batch.answers(), skip_special_tokens=True,
                                            clean_up_tokenization_spaces=False)
 
 
@@ -679,13 +684,12 @@ def head(model: nn.Module, hidden: Tensor) -> Tensor:
 def packs(batch: Batch, most: int) -> list[list[int]]:
     """Neighbouring rows with the same context, in groups that fit `most` tokens side by side."""
     groups, used = [], 0
-    for row, (context, length) in enumerate(zip(batch.contexts, batch.mask.sum(1).tolist(),
-                                                strict=True)):
+    for i, length in enumerate(batch.mask.sum(1).tolist()):
         used += length
-        if row == 0 or context != batch.contexts[row - 1] or used > most:
+        if i == 0 or batch.contexts[i] != batch.contexts[i - 1] or used > most:
             groups.append([])
-            used = len(context) + length
-        groups[-1].append(row)
+            used = len(batch.contexts[i]) + length
+        groups[-1].append(i)
     return groups
 
 
@@ -695,8 +699,8 @@ def side_by_side(context: list[int], answers: list[list[int]]) -> tuple[list[int
     Returns ids, positions, owners (0: the prompt, k: the k-th answer), and the places in the row
     whose hidden states predict the answers' tokens. No answer's last token has to be read.
     """
-    ids, positions, owners, predictors = list(context), list(range(len(context))), [], []
-    owners = [0] * len(context)
+    ids, positions, owners = list(context), list(range(len(context))), [0] * len(context)
+    predictors = []
     for k, answer in enumerate(answers, 1):
         predictors += [len(context) - 1, *range(len(ids), len(ids) + len(answer) - 1)]
         positions += range(len(context), len(context) + len(answer) - 1)
@@ -719,14 +723,13 @@ def completion_hidden(policy: Policy, role: tuple[str, ...], batch: Batch) -> Te
     Rows with the same context share it. Padding stands on the right of a causal model, so no
     real token sees it.
     """
-    groups = packs(batch, policy.pack)
-    rows = [side_by_side(batch.contexts[group[0]],
-                         [batch.completion[i][batch.mask[i]].tolist() for i in group])
+    answers, groups = batch.answers(), packs(batch, policy.pack)
+    rows = [side_by_side(batch.contexts[group[0]], [answers[i] for i in group])
             for group in groups]
     ids, positions, owners = (pad([row[part] for row in rows], value)[0].to(policy.device)
                               for part, value in ((0, policy.pad_id), (1, 0), (2, -1)))
-    shared = len(groups) < len(batch.contexts)
-    mask = apart(owners, policy.model.dtype) if shared else None  # None: causal
+    alone = len(groups) == len(answers)
+    mask = None if alone else apart(owners, policy.model.dtype)  # None is causal
     with adapters(policy.model, role):
         hidden = policy.model.base_model(ids, attention_mask=mask, position_ids=positions,
                                          use_cache=False).last_hidden_state  # (b, L, D)
@@ -754,9 +757,9 @@ LOGITS = 2**22  # that exist at one time
 
 
 def on_tokens(policy: Policy, terms, temperature: float, batch: Batch, *hidden: Tensor) -> Tensor:
-    """Apply `terms(model, temperature, ids, *hidden)` to the N unmasked tokens, some at a time: -> (..., B, T).
+    """Apply `terms(model, temperature, ids, *hidden)` to the N unmasked tokens: -> (..., B, T).
 
-    No (B, T, V) tensor ever exists: chunks are recomputed in the backward pass. Padding is 0.
+    Some at a time, and again in the backward pass: no (B, T, V) tensor ever exists. Padding is 0.
     """
     size = max(1, LOGITS // policy.model.config.vocab_size)
     chunks = [checkpoint(terms, policy.model, temperature, *chunk, use_reentrant=False)
@@ -950,7 +953,7 @@ def micro_batches(policy: Policy, batch: Batch, most: int) -> list[Tensor]:
             parts.append(members)
             members = []
         members.append(pack)
-    return [torch.tensor(sum(members, [])) for members in [*parts, members]]
+    return [torch.tensor([i for pack in members for i in pack]) for members in [*parts, members]]
 
 
 @torch.no_grad()
@@ -1563,7 +1566,8 @@ def self_check(policy: Policy, name: str) -> None:
     out = policy.model.base_model(row, attention_mask=seen, use_cache=False,
                                   position_ids=(seen.cumsum(1) - 1).clamp(min=0))
     answers = torch.tensor([ids[:1] * 2, ids[-1:] * 2], device=policy.device)  # (2, 2)
-    shared = completion_hidden(policy, BASE, Batch([ids] * 2, answers, answers == answers))
+    whole = torch.ones_like(answers, dtype=torch.bool)
+    shared = completion_hidden(policy, BASE, Batch([ids] * 2, answers, whole))
     pairs = [(row[:, 1:-1], out.last_hidden_state[0, -2]),
              (torch.tensor([[*ids, ids[-1]]], device=policy.device), shared[-1])]
     for context, hidden in pairs:
@@ -2253,15 +2257,14 @@ def print_examples(task: tasks.Task, before: dict, after: dict) -> None:
 # =============================================================================================
 
 
-def timed(what: str, units: str, function, *arguments):
-    """Call it, print a row of the table with units a second, return its result."""
+def timed(what: str, units: str, size, function, *arguments):
+    """Call it, print a row of the table with `size(result)` units a second, return its result."""
     started = time.perf_counter()
     result = function(*arguments)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     seconds = time.perf_counter() - started
-    count = int(result.mask.sum()) if isinstance(result, Batch) else len(result)
-    print(f"{what:24}{seconds:8.2f} s{count / seconds:9.0f} {units}/s", flush=True)
+    print(f"{what:24}{seconds:8.2f} s{size(result) / seconds:9.0f} {units}/s", flush=True)
     return result
 
 
@@ -2280,7 +2283,7 @@ def generate(policy: Policy, prompts: list[list[int]], cfg: Config) -> Batch:
 
 
 def bench(cfg: Config) -> None:
-    """Time rollouts, the judge and a whole step, twice: the first time is a warm-up."""
+    """Time rollouts, the judge and a step, whole and in parts, twice: the first is a warm-up."""
     task = load_task(cfg)
     policy = load_policy(cfg, task)
     state = State(torch.optim.Adam(adapter_parameters(policy.model, "policy"), lr=cfg.lr),
@@ -2293,19 +2296,35 @@ def bench(cfg: Config) -> None:
     answers = [example.reference for example in edits]
     for _ in range(2):
         print()
-        timed("rollouts by generate", "tokens", generate, policy, prompts, cfg)
-        timed("rollouts", "tokens", sample, policy, policy.student, prompts, cfg.rollouts, cfg,
-              seeded("bench"))
-        timed("judge, right answers", "checks", verify_all, tasks.run_example, edits, answers)
-        timed("whole step", "rollouts", bench_step, policy, task, examples, state, cfg)
+        timed("rollouts by generate", "tokens", tokens_in, generate, policy, prompts, cfg)
+        batch = timed("rollouts", "tokens", tokens_in, sample, policy, policy.student, prompts,
+                      cfg.rollouts, cfg, seeded("bench"))
+        timed("judge, right answers", "checks", len, verify_all, tasks.run_example, edits, answers)
+        bench_learning(policy, batch, examples, state, cfg)
+        timed("whole step", "rollouts", lambda _: cfg.prompts * cfg.rollouts, method_step, policy,
+              task, examples, state, cfg)
     print(f"\npeak memory {peak_memory():.2f} GiB")
 
 
-def bench_step(policy: Policy, task: tasks.Task, examples: list, state: State,
-               cfg: Config) -> range:
-    """A training step of the method, as many items long as it has rollouts."""
-    method_step(policy, task, examples, state, cfg)
-    return range(len(examples) * cfg.rollouts)
+def tokens_in(batch: Batch) -> int:
+    """How many tokens were sampled."""
+    return int(batch.mask.sum())
+
+
+def bench_learning(policy: Policy, batch: Batch, examples: list, state: State,
+                   cfg: Config) -> None:
+    """Time what a step does with its rollouts, part by part."""
+    rows = [example for example in examples for _ in range(cfg.rollouts)]
+
+    def size(result) -> int:
+        return tokens_in(batch)
+
+    parts = timed("reference", "tokens", size, ask_reference, policy, batch, cfg)
+    hints = timed("teacher", "tokens", size, lambda: [ask_teacher(policy, part, rows, cfg)
+                                                      for part in parts])
+    for part, hint in zip(parts, hints, strict=True):
+        part.logp_teacher, part.advantage = hint, torch.zeros_like(hint[:, 0])
+    timed("update, one epoch", "tokens", size, update, policy, parts, None, state, cfg)
 
 
 def peak_memory() -> float:
