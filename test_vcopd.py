@@ -2315,6 +2315,79 @@ def test_ctrl_c_leaves_no_process_behind(base, tmp_path):
 
 
 # =============================================================================================
+# --compare and --ablations
+# =============================================================================================
+
+
+def columns_of(out: Path) -> dict:
+    """The numbers behind the table."""
+    return json.loads((out / "table.json").read_text("utf-8"))["columns"]
+
+
+def test_a_comparison_chooses_on_validation_and_gives_each_method_the_same(
+        small, base, tmp_path, capsys, monkeypatch):
+    """No rate may be chosen on test problems, and no method may have more steps or other ones."""
+    looked, evaluate = [], vcopd.evaluate
+    monkeypatch.setattr(vcopd, "evaluate", lambda policy, task, *more: (
+        looked.append(next(iter(task.evals))), evaluate(policy, task, *more))[1])
+    monkeypatch.setattr(vcopd, "LR_GRID", (0.5, 1.0))
+    arguments = options(base, tmp_path / "all", "--compare", "--seeds", "2")
+    assert run(arguments) == 0
+
+    assert looked == ["validation"] * 9 + ["in_domain"] * 9  # the base is scored once for all
+    columns = columns_of(tmp_path / "all")
+    assert list(columns) == ["base", "sft", "rl", "opd", "vcopd"]
+    assert all(len(columns[name]) == 2 for name in ("sft", "rl", "opd", "vcopd"))
+    for path in (tmp_path / "all").glob("*-s*/metrics.jsonl"):
+        assert path.read_text("utf-8").count("\n") == 6
+    rates = json.loads((tmp_path / "all" / "table.json").read_text("utf-8"))["lr"]
+    for method, rate in rates.items():
+        held = json.loads((tmp_path / "all" / f"{method}-s1" / "config.json").read_text("utf-8"))
+        assert held["lr"] == rate and held["seed"] == 1 and held["method"] == method
+
+    rewards = [run["in_domain reward"] for run in columns["rl"]]
+    *_, line = (line for line in capsys.readouterr().out.splitlines()
+                if line.startswith("in_domain reward"))
+    assert f"{statistics.mean(rewards):.3f} ±" in line
+
+    monkeypatch.setattr(vcopd, "train", None)  # all of it is there: nothing is trained again
+    assert run(arguments) == 0
+    assert columns_of(tmp_path / "all") == columns
+
+
+def test_a_comparison_that_was_cut_short_goes_on(small, base, tmp_path, monkeypatch):
+    """An hour of runs must survive Ctrl-C in one of them, and come out the same."""
+    monkeypatch.setattr(vcopd, "ABLATIONS", {"vcopd": {}, "no replay": {"replay_share": 0.0}})
+    whole, cut = (options(base, tmp_path / name, "--ablations", "--seeds", "1")
+                  for name in ("whole", "cut"))
+    assert run(whole) == 0
+    step, calls = vcopd.train_step, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 9:  # in the second run
+            raise KeyboardInterrupt
+        return step(*arguments)
+
+    monkeypatch.setattr(vcopd, "train_step", interrupted)
+    assert run(cut) == 130
+    assert run(cut) == 0
+    for name in ("vcopd-s0", "no replay-s0"):
+        assert results(tmp_path / "cut" / name) == results(tmp_path / "whole" / name)
+    assert len(calls) == 9 + 4  # steps 3 to 6 of that run: step 2 was saved
+
+
+def test_every_ablation_changes_one_choice():
+    """And to a value that the option accepts."""
+    for name, change in vcopd.ABLATIONS.items():
+        assert len(change) == (name != "vcopd")
+        for option, value in change.items():
+            arguments = [vcopd.option(option), str(value)]
+            assert getattr(vcopd.read_config(arguments)[0], option) == value
+            assert getattr(vcopd.Config(), option) != value
+
+
+# =============================================================================================
 # Guards
 # =============================================================================================
 
@@ -2659,7 +2732,7 @@ def whole_run(arguments: list[str], out: Path) -> None:
     cfg, resuming = vcopd.read_config(arguments)
     loaded, load_policy = [], vcopd.load_policy
     vcopd.load_policy = lambda *args: loaded.append(load_policy(*args)) or loaded[-1]
-    vcopd.run(cfg, Path(cfg.out), resuming)
+    vcopd.run(cfg, Path(cfg.out), resuming, vcopd.load_task(cfg), {})
     weights = {n: p.detach() for n, p in vcopd.named_adapters(loaded[0].model).items()}
     torch.save(weights, out / f"weights-{vcopd.rank()}.pt")
 

@@ -129,6 +129,9 @@ class Config:
     merge: str = knob("", "also write base and adapters as one plain model, to this new folder")
     eval_only: bool = knob(False, "evaluate --model and train nothing")
     bench: bool = knob(False, "time the parts of a step on this machine and train nothing")
+    compare: bool = knob(False, "train every method from one base, and print one table")
+    ablations: bool = knob(False, "the same with one choice of the method changed at a time")
+    seeds: int = knob(3, "how many seeds of each, with --compare and --ablations", low=1)
     # rollouts
     steps: int = knob(500, "training steps", low=1)
     prompts: int = knob(16, "P, prompts in a step", low=1)
@@ -324,20 +327,38 @@ def read_config(arguments: list[str]) -> tuple[Config, bool]:
     if fixed:
         usage_error(f"--method {method} fixes {option(fixed[0])} at "
                     f"{METHODS[method][fixed[0]]}: leave that option out")
-    idle = [name for name in IDLE[method] if name in said]
-    if idle:
-        usage_error(f"{option(idle[0])} does nothing with --method {method}: leave it out")
     if method == "opd" and said.get("teacher") == "none":
         usage_error("--method opd learns from the teacher alone: leave out --teacher none")
     tiny = TINY if said.get("model", "tiny") == "tiny" else {}
     cfg = Config(**{**tiny, **tasks.PRESETS[task], **METHODS[method], **said})
-    if task != "codeedit" and (cfg.data or cfg.eval_data):
-        usage_error(f"--data and --eval-data hold code edits: leave them out with --task {task}")
-    idle = [name for name in said if name not in EVAL_ONLY]
-    if cfg.eval_only and idle:
-        usage_error(f"{option(idle[0])} does nothing with --eval-only: leave it out")
-    name = "eval" if cfg.eval_only else f"{cfg.method}-s{cfg.seed}"
-    return replace(cfg, out=cfg.out or f"runs/{cfg.task}-{name}"), False
+    check_use(said, cfg)
+    return replace(cfg, out=cfg.out or f"runs/{cfg.task}-{kind_of(cfg)}"), False
+
+
+def kind_of(cfg: Config) -> str:
+    """What its folder is called after the task: the experiment, or the method and the seed."""
+    kinds = [kind for kind in ("eval_only", "compare", "ablations") if getattr(cfg, kind)]
+    return kinds[0].removesuffix("_only") if kinds else f"{cfg.method}-s{cfg.seed}"
+
+
+def check_use(said: dict, cfg: Config) -> None:
+    """Refuse options that would do nothing beside the others."""
+    many = cfg.compare or cfg.ablations
+    if cfg.compare and cfg.ablations:
+        usage_error("--compare and --ablations are two experiments: give one of them")
+    if cfg.task != "codeedit" and (cfg.data or cfg.eval_data):
+        usage_error("--data and --eval-data hold code edits: leave them out with --task "
+                    f"{cfg.task}")
+    idle = {name: f"with --method {cfg.method}" for name in IDLE[cfg.method]}
+    if many:
+        idle |= dict.fromkeys(("method", "merge"), f"with --{kind_of(cfg)}")
+    else:
+        idle["seeds"] = "without --compare or --ablations"
+    if cfg.eval_only:
+        idle |= dict.fromkeys(said.keys() - set(EVAL_ONLY), "with --eval-only")
+    for name in said:
+        if name in idle:
+            usage_error(f"{option(name)} does nothing {idle[name]}: leave it out")
 
 
 if __name__ == "__main__":
@@ -2253,6 +2274,116 @@ def print_examples(task: tasks.Task, before: dict, after: dict) -> None:
 
 
 # =============================================================================================
+# --compare and --ablations: run after run from one base, and one table
+# =============================================================================================
+
+LR_GRID = (0.3, 1.0, 3.0)  # times --lr: what each method chooses from, on the validation split
+
+ABLATIONS = {
+    "vcopd": {}, "gate success": {"gate": "success"}, "gate failure": {"gate": "failure"},
+    "gate none": {"gate": "none"}, "no clip": {"gap_clip": 1e9}, "lambda 0": {"teacher_coef": 0.0},
+    "lambda 0.05": {"teacher_coef": 0.05}, "lambda 1": {"teacher_coef": 1.0},
+    "no replay": {"replay_share": 0.0}, "no KL guard": {"kl_coef": 0.0}, "K 2": {"rollouts": 2},
+    "K 8": {"rollouts": 8}}
+
+
+def finished(cfg: Config, task: tasks.Task, known: dict) -> dict:
+    """The report of a run: made unless it is there; a run that was cut short goes on.
+
+    `known` holds the base's scores, which all runs share. Raises RunError where another run is
+    in the folder.
+    """
+    out, key = Path(cfg.out), (*task.evals, cfg.rollouts)
+    resuming = any((out / "checkpoint").glob("*.pt")) and not (out / "report.json").exists()
+    if not resuming:
+        on_rank_0(check_free, out, cfg)
+    if not (out / "report.json").exists():
+        print(f"\n=== {out}", flush=True)
+        out.mkdir(parents=True, exist_ok=True)
+        run(cfg, out, resuming, task, known.get(key, {}))
+    report = json.loads((out / "report.json").read_text("utf-8"))
+    known[key] = report["before"]
+    return report
+
+
+def tuned(cfg: Config, task: tasks.Task, known: dict, out: Path) -> Config:
+    """With the learning rate of the grid that does best on the validation split."""
+    held_out = replace(task, evals={"validation": task.validation[0]},
+                       benchmark=task.validation[1])
+    tried = [replace(cfg, lr=cfg.lr * factor, out=f"{out}/tune/{cfg.method}-lr{cfg.lr * factor:g}")
+             for factor in LR_GRID]
+    reports = [finished(one, held_out, known) for one in tried]
+    best = max(range(len(tried)), key=lambda i: (
+        reports[i]["verdict"]["improved"], first_split(reports[i]["after"])["pass@1"]))
+    print(f"\n{cfg.method}: --lr {tried[best].lr:g} is best on the validation split", flush=True)
+    return replace(cfg, lr=tried[best].lr)
+
+
+def compare(cfg: Config, out: Path) -> None:
+    """Every method with as many optimiser steps, prompts and seeds, each at its best --lr."""
+    task, known, base = load_task(cfg), {}, replace(cfg, compare=False)
+    methods = {name: tuned(replace(base, method=name, **METHODS[name]), task, known, out)
+               for name in ("sft", "rl", "opd", "vcopd")}
+    tabulate(methods, task, known, out)
+
+
+def ablate(cfg: Config, out: Path) -> None:
+    """VC-OPD with one choice changed at a time, with every seed."""
+    variants = {name: replace(cfg, ablations=False, **change)
+                for name, change in ABLATIONS.items()}
+    tabulate(variants, load_task(cfg), {}, out)
+
+
+def tabulate(variants: dict[str, Config], task: tasks.Task, known: dict, out: Path) -> None:
+    """Run each variant with every seed; print one table, and save it with the numbers behind."""
+    columns, passes = {}, {}
+    for name, variant in variants.items():
+        seeds = [replace(variant, seed=variant.seed + i, out=f"{out}/{name}-s{variant.seed + i}")
+                 for i in range(variant.seeds)]
+        reports = [finished(one, task, known) for one in seeds]
+        columns[name] = [numbers_of(*pair) for pair in zip(reports, seeds, strict=True)]
+        passes[name] = [p for report in reports for p in first_split(report["after"])["passes"]]
+    columns = {"base": [flat(reports[0]["before"])], **columns}
+    changes = {name: paired_bootstrap(passes["vcopd"], passes[name]) for name in variants}
+    print_table(columns, changes)
+    on_rank_0(write_json, out / "table.json", {
+        "columns": columns, "pass@1_minus_vcopd": changes,
+        "lr": {name: variant.lr for name, variant in variants.items()}})
+
+
+def numbers_of(report: dict, cfg: Config) -> dict[str, float]:
+    """One run's entries of the table: scores, and what they cost."""
+    lines = (Path(cfg.out) / "metrics.jsonl").read_text("utf-8").splitlines()
+    steps = [json.loads(line) for line in lines]
+    before, after = report["before"], report["after"]
+    return {**flat(after), "general worst": min(after["general"].values()),
+            "entropy_ratio": after["entropy"] / max(before["entropy"], 1e-9),
+            "teacher_share": mean(m.get("teacher_share", 0.0) for m in steps),
+            "improved": float(report["verdict"]["improved"]),
+            "rollouts": float(sum("reward" in m for m in steps) * cfg.prompts * cfg.rollouts),
+            "tokens": float(sum(m["tokens"] for m in steps)), "minutes": report["seconds"] / 60}
+
+
+def print_table(columns: dict[str, list[dict]], changes: dict[str, tuple]) -> None:
+    """Mean and standard deviation over seeds; methods side by side."""
+    print("\n" + " " * 28 + "".join(f"{name:>17}" for name in columns))
+    for row in columns["vcopd"][0]:
+        print(f"{row:28}" + "".join(spread([run[row] for run in runs if row in run])
+                                    for runs in columns.values()))
+    print("\npass@1 against vcopd, 95 % interval over problems and seeds:")
+    for name, (low, high) in changes.items():
+        print(f"  {name:20}[{low:+.3f}, {high:+.3f}]")
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation in 17 characters; a dash for nothing."""
+    if not values:
+        return f"{'-':>17}"
+    digits = 0 if values[0] >= 100 else 3
+    return f"{np.mean(values):9.{digits}f} ±{np.std(values):6.{digits}f}"
+
+
+# =============================================================================================
 # --bench: how fast this machine is
 # =============================================================================================
 
@@ -2383,10 +2514,11 @@ def empty_folder(out: Path, cfg: Config) -> None:
 
 
 def start(policy: Policy, task: tasks.Task, state: State, out: Path, cfg: Config) -> None:
-    """Measure the base, teach it the format if it needs that, and save: step 0."""
+    """Measure the base unless it is known, teach it the format if it needs that, save: step 0."""
     on_rank_0(empty_folder, out, cfg)
-    print("Evaluating the base ...", flush=True)
-    state.before = on_rank_0(evaluate, policy, task, policy.reference, cfg)
+    if not state.before:
+        print("Evaluating the base ...", flush=True)
+        state.before = on_rank_0(evaluate, policy, task, policy.reference, cfg)
     rate = first_split(state.before)["format"]
     if rate < cfg.format_threshold:
         print(f"Step 1: {rate:.0%} of the answers are well-formed, "
@@ -2429,15 +2561,14 @@ def resume(policy: Policy, task: tasks.Task, state: State, out: Path, cfg: Confi
     print(f"resuming after step {state.step}")
 
 
-def run(cfg: Config, out: Path, resuming: bool) -> dict:
-    """One whole run: base, Step 1 if needed, training, evaluation, report."""
+def run(cfg: Config, out: Path, resuming: bool, task: tasks.Task, before: dict) -> dict:
+    """One whole run: base (unless its scores are given), Step 1 if needed, training, report."""
     started = time.perf_counter()
     if cfg.merge and any(Path(cfg.merge).glob("*")):
         raise RunError(f"--merge {cfg.merge} is not empty: name a new folder")
-    task = load_task(cfg)
     policy = load_policy(cfg, task)
     optimizer = torch.optim.Adam(adapter_parameters(policy.model, "policy"), lr=cfg.lr)
-    state = State(optimizer, cfg.kl_coef)
+    state = State(optimizer, cfg.kl_coef, before=before)
     print_environment(environment(policy))
     if cfg.eval_only:
         return only_evaluate(policy, task, out, cfg)
@@ -2512,10 +2643,13 @@ def main(cfg: Config, resuming: bool) -> int:
         if cfg.bench:
             bench(cfg)
             return 0
-        if not resuming:
+        if not resuming and not (cfg.compare or cfg.ablations):
             on_rank_0(check_free, out, cfg)
         out.mkdir(parents=True, exist_ok=True)
-        report = run(cfg, out, resuming)
+        if cfg.compare or cfg.ablations:
+            (compare if cfg.compare else ablate)(cfg, out)
+            return 0
+        report = run(cfg, out, resuming, load_task(cfg), {})
     except KeyboardInterrupt:
         began = (out / "config.json").exists()
         print("\nInterrupted. To go on: "
@@ -2530,7 +2664,7 @@ def main(cfg: Config, resuming: bool) -> int:
     if world() > 1:
         dist.destroy_process_group()
     print(f"\nResults are in {out} after {report['seconds']:.0f} s. Read {out}/samples.jsonl next, "
-          f"or compare: python vcopd.py --task {cfg.task} --method rl")
+          f"or compare: python vcopd.py --task {cfg.task} --compare")
     return 0
 
 
