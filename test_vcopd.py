@@ -2372,6 +2372,7 @@ def test_a_comparison_that_was_cut_short_goes_on(small, base, tmp_path, monkeypa
     monkeypatch.setattr(vcopd, "train_step", interrupted)
     assert run(cut) == 130
     assert run(cut) == 0
+    assert run([*cut, "--kl-coef", "0.5"]) == 2  # half a run under other options is none
     for name in ("vcopd-s0", "no replay-s0"):
         assert results(tmp_path / "cut" / name) == results(tmp_path / "whole" / name)
     assert len(calls) == 9 + 4  # steps 3 to 6 of that run: step 2 was saved

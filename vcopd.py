@@ -14,8 +14,8 @@
 A language model learns a new skill without forgetting its old ones: it trains on its own samples,
 a verifier says how good they are, and a teacher may only add hints inside that verdict.
 
-    python vcopd.py --task codeedit        # 8 minutes on 2 cores the first time, 4 afterwards
-    python vcopd.py --task arithmetic      # 3 minutes the first time, 1 afterwards
+    python vcopd.py --task codeedit        # 7 minutes on 2 cores the first time, 3 afterwards
+    python vcopd.py --task arithmetic      # under 3 minutes the first time, 1.5 afterwards
     python vcopd.py --task codeedit --method rl      # the same loop without a teacher
 
 The method, in the order of this file. Step 1 runs once, `train_step` repeats Steps 2 to 6: start
@@ -240,8 +240,8 @@ def build_parser() -> argparse.ArgumentParser:
         usage="vcopd.py --task {arithmetic,codeedit} [options]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Teach a language model a new skill without forgetting (VC-OPD).\n\n"
-                    "  python vcopd.py --task codeedit              8 min on 2 cores, then 4\n"
-                    "  python vcopd.py --task arithmetic            3 min, then 1\n"
+                    "  python vcopd.py --task codeedit              7 min on 2 cores, then 3\n"
+                    "  python vcopd.py --task arithmetic            3 min, then 1.5\n"
                     "  python vcopd.py --task codeedit --method rl  the same loop, no teacher")
     parser.error = usage_error
     for knob_field in fields(Config):
@@ -327,7 +327,7 @@ def read_config(arguments: list[str]) -> tuple[Config, bool]:
     if fixed:
         usage_error(f"--method {method} fixes {option(fixed[0])} at "
                     f"{METHODS[method][fixed[0]]}: leave that option out")
-    if method == "opd" and said.get("teacher") == "none":
+    if (method == "opd" or "compare" in said) and said.get("teacher") == "none":
         usage_error("--method opd learns from the teacher alone: leave out --teacher none")
     tiny = TINY if said.get("model", "tiny") == "tiny" else {}
     cfg = Config(**{**tiny, **tasks.PRESETS[task], **METHODS[method], **said})
@@ -648,7 +648,7 @@ def share_cache(cache, k: int, room: int) -> None:
             layer.batch_repeat_interleave(k)
 
 
-DROP = 0.9  # finished rows leave when this share goes on: copying the cache takes a token's time
+DROP = 0.9  # finished rows leave when no more than this share goes on: to copy the cache is slow
 
 
 @torch.no_grad()
@@ -849,7 +849,7 @@ class Experience:
     hidden_ref: Tensor  # (N, D) of pi_ref: its logits would be V / D times larger
     advantage: Tensor | None = None  # (b,)
     logp_teacher: Tensor | None = None  # (b, T)
-    logp_old: Tensor | None = None  # (b, T), seen in the first epoch, before any update
+    logp_old: Tensor | None = None  # (b, T), computed in the first epoch, before any update
     gap: Tensor | None = None  # (b, T)
 
 
@@ -862,8 +862,9 @@ def vcopd_loss(terms: Tensor, part: Experience, kl_coef: float, tokens: int,
                cfg: Config) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of one micro-batch and what to log. `terms` (3, b, T) are of `token_terms`.
 
-    In the first epoch rho is 1, so the *value* of the policy term is minus the mean of A_dense,
-    about 0 because advantages are centred. Its gradient, -mean(A_dense grad log pi), is not.
+    In the first epoch rho is 1, so the *value* of the policy term is minus the mean of A_dense:
+    near 0, as advantages are centred (exactly, if answers are of one length and without hints).
+    Its gradient, -mean(A_dense grad log pi), is not.
     """
     logp, kl, entropy = terms
     mask, eps = part.batch.mask, cfg.ratio_clip
@@ -2270,7 +2271,8 @@ def print_examples(task: tasks.Task, before: dict, after: dict) -> None:
         for when, answer in (("before", before["answers"][i]), ("after", after["answers"][i])):
             print(f"\nHeld-out problem {example.id}, {when}:")
             print("\n".join(difflib.unified_diff(shown.splitlines(), answer.splitlines(),
-                                                 "problem", "answer", lineterm="", n=9)))
+                                                 "problem", "answer", lineterm="", n=9))
+                  or "(the problem, unchanged)")
 
 
 # =============================================================================================
@@ -2294,9 +2296,9 @@ def finished(cfg: Config, task: tasks.Task, known: dict) -> dict:
     in the folder.
     """
     out, key = Path(cfg.out), (*task.evals, cfg.rollouts)
-    resuming = any((out / "checkpoint").glob("*.pt")) and not (out / "report.json").exists()
-    if not resuming:
-        on_rank_0(check_free, out, cfg)
+    resuming = (out / "config.json").exists()
+    if resuming and not is_run_of(out, cfg):
+        raise RunError(f"{out} holds a run with other options: give another --out, or delete it")
     if not (out / "report.json").exists():
         print(f"\n=== {out}", flush=True)
         out.mkdir(parents=True, exist_ok=True)
@@ -2321,29 +2323,37 @@ def tuned(cfg: Config, task: tasks.Task, known: dict, out: Path) -> Config:
 
 def compare(cfg: Config, out: Path) -> None:
     """Every method with as many optimiser steps, prompts and seeds, each at its best --lr."""
-    task, known, base = load_task(cfg), {}, replace(cfg, compare=False)
+    task, known, base = load_task(cfg), {}, one_of(cfg)
     methods = {name: tuned(replace(base, method=name, **METHODS[name]), task, known, out)
                for name in ("sft", "rl", "opd", "vcopd")}
-    tabulate(methods, task, known, out)
+    tabulate(methods, cfg.seeds, task, known, out)
+
+
+def one_of(cfg: Config) -> Config:
+    """A single run of an experiment: whatever the number of seeds, it is the same run."""
+    return replace(cfg, compare=False, ablations=False, seeds=Config.seeds)
 
 
 def ablate(cfg: Config, out: Path) -> None:
     """VC-OPD with one choice changed at a time, with every seed."""
-    variants = {name: replace(cfg, ablations=False, **change)
-                for name, change in ABLATIONS.items()}
-    tabulate(variants, load_task(cfg), {}, out)
+    changed = {name: replace(one_of(cfg), **change) for name, change in ABLATIONS.items()}
+    variants = {name: variant for name, variant in changed.items()
+                if name == "vcopd" or variant != changed["vcopd"]}
+    tabulate(variants, cfg.seeds, load_task(cfg), {}, out)
 
 
-def tabulate(variants: dict[str, Config], task: tasks.Task, known: dict, out: Path) -> None:
+def tabulate(variants: dict[str, Config], seeds: int, task: tasks.Task, known: dict,
+             out: Path) -> None:
     """Run each variant with every seed; print one table, and save it with the numbers behind."""
-    columns, passes = {}, {}
+    columns, passes = {"base": []}, {}
     for name, variant in variants.items():
-        seeds = [replace(variant, seed=variant.seed + i, out=f"{out}/{name}-s{variant.seed + i}")
-                 for i in range(variant.seeds)]
-        reports = [finished(one, task, known) for one in seeds]
-        columns[name] = [numbers_of(*pair) for pair in zip(reports, seeds, strict=True)]
-        passes[name] = [p for report in reports for p in first_split(report["after"])["passes"]]
-    columns = {"base": [flat(reports[0]["before"])], **columns}
+        runs = [replace(variant, seed=variant.seed + i, out=f"{out}/{name}-s{variant.seed + i}")
+                for i in range(seeds)]
+        reports = [finished(one, task, known) for one in runs]
+        columns[name] = [numbers_of(*pair) for pair in zip(reports, runs, strict=True)]
+        passes[name] = np.mean([first_split(r["after"])["passes"] for r in reports], 0)
+        if name == "vcopd":
+            columns["base"] = [flat(reports[0]["before"])]
     changes = {name: paired_bootstrap(passes["vcopd"], passes[name]) for name in variants}
     print_table(columns, changes)
     on_rank_0(write_json, out / "table.json", {
@@ -2370,7 +2380,7 @@ def print_table(columns: dict[str, list[dict]], changes: dict[str, tuple]) -> No
     for row in columns["vcopd"][0]:
         print(f"{row:28}" + "".join(spread([run[row] for run in runs if row in run])
                                     for runs in columns.values()))
-    print("\npass@1 against vcopd, 95 % interval over problems and seeds:")
+    print("\npass@1 against vcopd, mean over seeds, 95 % interval over problems:")
     for name, (low, high) in changes.items():
         print(f"  {name:20}[{low:+.3f}, {high:+.3f}]")
 
@@ -2418,7 +2428,7 @@ def bench(cfg: Config) -> None:
     task = load_task(cfg)
     policy = load_policy(cfg, task)
     state = State(torch.optim.Adam(adapter_parameters(policy.model, "policy"), lr=cfg.lr),
-                  cfg.kl_coef)
+                  cfg.kl_coef, step=1)  # few steps begin with a refresh of the replay pool
     print_environment(environment(policy))
     examples = examples_at(task, 0, cfg)
     prompts = [policy.encode(example.prompt) for example in examples]
@@ -2485,6 +2495,15 @@ def load_task(cfg: Config) -> tasks.Task:
     return replace(task, benchmark=task.benchmark[::apart])
 
 
+def is_run_of(out: Path, cfg: Config) -> bool:
+    """Was the run in this folder started with the same options?"""
+    try:
+        held = json.loads((out / "config.json").read_text("utf-8"))
+        return {**held, "out": cfg.out} == asdict(cfg)
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
+
+
 def check_free(out: Path, cfg: Config) -> None:
     """A new run destroys no other; a finished one of the same config comes out the same again.
 
@@ -2492,12 +2511,7 @@ def check_free(out: Path, cfg: Config) -> None:
     """
     if not any((out / name).exists() for name in ("metrics.jsonl", "checkpoint", "report.json")):
         return
-    try:
-        held = json.loads((out / "config.json").read_text("utf-8"))
-        same = {**held, "out": cfg.out} == asdict(cfg)
-    except (OSError, ValueError, TypeError, RecursionError):
-        same = False
-    if not same:
+    if not is_run_of(out, cfg):
         raise RunError(f"{out} holds a run with other options: give another --out, or delete it")
     if not (out / "report.json").exists():
         raise RunError(f"{out} holds this run, unfinished: go on with --resume {out}, "
