@@ -287,6 +287,8 @@ def test_every_listed_deviation_is_marked_where_it_happens():
 
 @pytest.mark.parametrize("arguments", [
     ["--gap-clipp", "1"], ["--temp", "1"], ["--gate", "sometimes"],
+    ["--compare", "--ablations"], ["--bench", "--compare"], ["--bench", "--steps", "5"],
+    ["--seeds", "2"], ["--compare", "--method", "rl"], ["--compare", "--teacher", "none"],
     ["--method", "rl", "--teacher-coef", "1"], ["--ratio-clip", "-1"], ["--lr", "nan"]])
 def test_an_option_that_would_do_nothing_is_refused(arguments, capsys):
     """A mistyped or overruled option that is accepted ruins an experiment without a word."""
@@ -2355,7 +2357,7 @@ def test_a_comparison_chooses_on_validation_and_gives_each_method_the_same(
     assert columns_of(tmp_path / "all") == columns
 
 
-def test_a_comparison_that_was_cut_short_goes_on(small, base, tmp_path, monkeypatch):
+def test_a_comparison_that_was_cut_short_goes_on(small, base, tmp_path, monkeypatch, capsys):
     """An hour of runs must survive Ctrl-C in one of them, and come out the same."""
     monkeypatch.setattr(vcopd, "ABLATIONS", {"vcopd": {}, "no replay": {"replay_share": 0.0}})
     whole, cut = (options(base, tmp_path / name, "--ablations", "--seeds", "1")
@@ -2376,6 +2378,11 @@ def test_a_comparison_that_was_cut_short_goes_on(small, base, tmp_path, monkeypa
     for name in ("vcopd-s0", "no replay-s0"):
         assert results(tmp_path / "cut" / name) == results(tmp_path / "whole" / name)
     assert len(calls) == 9 + 4  # steps 3 to 6 of that run: step 2 was saved
+    for name in ("metrics.jsonl", "report.json"):
+        (tmp_path / "cut" / "vcopd-s0" / name).write_text("{", "utf-8")
+        capsys.readouterr()
+        assert run(cut) == 2
+        assert "damaged" in one_error(capsys)
 
 
 def test_every_ablation_changes_one_choice():

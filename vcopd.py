@@ -193,13 +193,17 @@ IDLE = {  # options that have nothing to do in a method, and are refused there
 EVAL_ONLY = ("eval_only", "task", "model", "eval_data", "benchmark", "out", "device", "dtype",
              "quantize", "rollouts", "max_new_tokens", "eval_problems", "unsafe_judge")
 
+BENCH_IDLE = ("steps", "out", "merge", "eval_data", "benchmark", "eval_every", "save_every",
+              "eval_problems", "kl_budget", "format_threshold", "format_examples", "format_lr",
+              "format_rank")
+
 TINY = {  # the built-in model has 1 M parameters: what differs from the essay's defaults, and why
     "steps": 48,  # under two minutes on 2 cores, and enough
     "lr": 1e-3,  # small models want larger steps: at 1e-5 nothing moves in 48
     "max_new_tokens": 96,  # its functions are short
     "kl_coef": 0.1,  # 48 steps are too few for beta to find its level from 0.01
     "replay_every": 10,  # 200 steps would be never
-    "replay_keep": 0.5,  # it has 20 prompts of each old skill: 4 would be learnt by heart
+    "replay_keep": 0.5,  # it has 20 prompts of each old skill: with 4, coding was forgotten
     "replay_share": 0.2,  # the upper end: so small a model forgets faster
     "eval_every": 10,
     "save_every": 10,
@@ -343,17 +347,19 @@ def kind_of(cfg: Config) -> str:
 
 def check_use(said: dict, cfg: Config) -> None:
     """Refuse options that would do nothing beside the others."""
-    many = cfg.compare or cfg.ablations
-    if cfg.compare and cfg.ablations:
-        usage_error("--compare and --ablations are two experiments: give one of them")
+    modes = [mode for mode in ("bench", "compare", "ablations") if getattr(cfg, mode)]
+    if len(modes) > 1:
+        usage_error(f"--{modes[0]} and --{modes[1]} are two commands: give one of them")
     if cfg.task != "codeedit" and (cfg.data or cfg.eval_data):
         usage_error("--data and --eval-data hold code edits: leave them out with --task "
                     f"{cfg.task}")
     idle = {name: f"with --method {cfg.method}" for name in IDLE[cfg.method]}
-    if many:
-        idle |= dict.fromkeys(("method", "merge"), f"with --{kind_of(cfg)}")
+    if cfg.compare or cfg.ablations:
+        idle |= dict.fromkeys(("method", "merge"), f"with --{modes[0]}")
     else:
         idle["seeds"] = "without --compare or --ablations"
+    if cfg.bench:
+        idle |= dict.fromkeys(BENCH_IDLE, "with --bench")
     if cfg.eval_only:
         idle |= dict.fromkeys(said.keys() - set(EVAL_ONLY), "with --eval-only")
     for name in said:
@@ -2289,6 +2295,16 @@ ABLATIONS = {
     "K 8": {"rollouts": 8}}
 
 
+@contextlib.contextmanager
+def reading(out: Path):
+    """Where the files of a finished run are damaged, raise RunError instead of what they raise."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise RunError(f"{out} holds a damaged run ({error}): delete it, and it is made again"
+                       ) from None
+
+
 def finished(cfg: Config, task: tasks.Task, known: dict) -> dict:
     """The report of a run: made unless it is there; a run that was cut short goes on.
 
@@ -2297,14 +2313,15 @@ def finished(cfg: Config, task: tasks.Task, known: dict) -> dict:
     """
     out, key = Path(cfg.out), (*task.evals, cfg.rollouts)
     resuming = (out / "config.json").exists()
-    if resuming and not is_run_of(out, cfg):
-        raise RunError(f"{out} holds a run with other options: give another --out, or delete it")
+    if resuming:
+        check_same(out, cfg)
     if not (out / "report.json").exists():
         print(f"\n=== {out}", flush=True)
         out.mkdir(parents=True, exist_ok=True)
         run(cfg, out, resuming, task, known.get(key, {}))
-    report = json.loads((out / "report.json").read_text("utf-8"))
-    known[key] = report["before"]
+    with reading(out):
+        report = json.loads((out / "report.json").read_text("utf-8"))
+        known[key] = report["before"]
     return report
 
 
@@ -2363,8 +2380,9 @@ def tabulate(variants: dict[str, Config], seeds: int, task: tasks.Task, known: d
 
 def numbers_of(report: dict, cfg: Config) -> dict[str, float]:
     """One run's entries of the table: scores, and what they cost."""
-    lines = (Path(cfg.out) / "metrics.jsonl").read_text("utf-8").splitlines()
-    steps = [json.loads(line) for line in lines]
+    with reading(Path(cfg.out)):
+        lines = (Path(cfg.out) / "metrics.jsonl").read_text("utf-8").splitlines()
+        steps = [json.loads(line) for line in lines]
     before, after = report["before"], report["after"]
     return {**flat(after), "general worst": min(after["general"].values()),
             "entropy_ratio": after["entropy"] / max(before["entropy"], 1e-9),
@@ -2495,13 +2513,15 @@ def load_task(cfg: Config) -> tasks.Task:
     return replace(task, benchmark=task.benchmark[::apart])
 
 
-def is_run_of(out: Path, cfg: Config) -> bool:
-    """Was the run in this folder started with the same options?"""
+def check_same(out: Path, cfg: Config) -> None:
+    """Raise RunError unless the run in this folder was started with the same options."""
     try:
         held = json.loads((out / "config.json").read_text("utf-8"))
-        return {**held, "out": cfg.out} == asdict(cfg)
+        same = {**held, "out": cfg.out} == asdict(cfg)
     except (OSError, ValueError, TypeError, RecursionError):
-        return False
+        same = False
+    if not same:
+        raise RunError(f"{out} holds a run with other options: give another --out, or delete it")
 
 
 def check_free(out: Path, cfg: Config) -> None:
@@ -2511,8 +2531,7 @@ def check_free(out: Path, cfg: Config) -> None:
     """
     if not any((out / name).exists() for name in ("metrics.jsonl", "checkpoint", "report.json")):
         return
-    if not is_run_of(out, cfg):
-        raise RunError(f"{out} holds a run with other options: give another --out, or delete it")
+    check_same(out, cfg)
     if not (out / "report.json").exists():
         raise RunError(f"{out} holds this run, unfinished: go on with --resume {out}, "
                        "or give another --out")
