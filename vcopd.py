@@ -129,6 +129,7 @@ class Config:
     merge: str = knob("", "also write base and adapters as one plain model, to this new folder")
     eval_only: bool = knob(False, "evaluate --model and train nothing")
     bench: bool = knob(False, "time the parts of a step on this machine and train nothing")
+    inspect: bool = knob(False, "show token by token what a step would credit, and train nothing")
     compare: bool = knob(False, "train every method from one base, and print one table")
     ablations: bool = knob(False, "the same with one choice of the method changed at a time")
     seeds: int = knob(3, "how many seeds of each, with --compare and --ablations", low=1)
@@ -205,7 +206,7 @@ TINY = {  # the built-in model has 1 M parameters: what differs from the essay's
     "replay_every": 10,  # 200 steps would be never
     "replay_keep": 0.5,  # it has 20 prompts of each old skill: with 4, coding was forgotten
     "replay_share": 0.2,  # the upper end: so small a model forgets faster
-    "eval_every": 10,
+    "eval_every": 4,
     "save_every": 10,
     "format_examples": 512,
     "format_lr": 1e-3,  # as lr
@@ -2352,11 +2353,14 @@ def one_of(cfg: Config) -> Config:
 
 
 def ablate(cfg: Config, out: Path) -> None:
-    """VC-OPD with one choice changed at a time, with every seed."""
-    changed = {name: replace(one_of(cfg), **change) for name, change in ABLATIONS.items()}
-    variants = {name: variant for name, variant in changed.items()
-                if name == "vcopd" or variant != changed["vcopd"]}
-    tabulate(variants, cfg.seeds, load_task(cfg), {}, out)
+    """VC-OPD with one choice changed at a time, with every seed. The specialist is an SFT run."""
+    task, known, base = load_task(cfg), {}, one_of(cfg)
+    expert = replace(base, method="sft", **METHODS["sft"], out=f"{out}/expert")
+    finished(expert, task, known)
+    changes = {**ABLATIONS, "specialist": {"teacher": f"{expert.out}/adapter"}}
+    variants = {name: replace(base, **change) for name, change in changes.items()}
+    told = {name: v for name, v in variants.items() if name == "vcopd" or v != variants["vcopd"]}
+    tabulate(told, cfg.seeds, task, known, out)
 
 
 def tabulate(variants: dict[str, Config], seeds: int, task: tasks.Task, known: dict,
