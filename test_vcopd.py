@@ -2377,12 +2377,40 @@ def test_a_comparison_that_was_cut_short_goes_on(small, base, tmp_path, monkeypa
     assert run([*cut, "--kl-coef", "0.5"]) == 2  # half a run under other options is none
     for name in ("vcopd-s0", "no replay-s0"):
         assert results(tmp_path / "cut" / name) == results(tmp_path / "whole" / name)
-    assert len(calls) == 9 + 4  # steps 3 to 6 of that run: step 2 was saved
+    assert len(calls) == 9 + 4 + 6  # steps 3 to 6 of that run (step 2 was saved), and the last
     for name in ("metrics.jsonl", "report.json"):
         (tmp_path / "cut" / "vcopd-s0" / name).write_text("{", "utf-8")
         capsys.readouterr()
         assert run(cut) == 2
         assert "damaged" in one_error(capsys)
+
+
+def test_credit_density_counts_answers_until_a_run_is_as_good_as_rl_was_at_its_end():
+    """RL ends at 0.6 in the mean of its seeds: vcopd is there after step 2, sft never."""
+    cfg = vcopd.Config(prompts=16, rollouts=4)
+    looks = {"rl": [(0.2, 0.4, 0.5), (0.3, 0.6, 0.7)], "vcopd": [(0.5, 0.7, 0.6)],
+             "sft": [(0.1, 0.2, 0.3)]}
+    steps = {name: [[{"step": 1, "eval_pass": a}, {"step": 2, "eval_pass": b}, {"step": 3},
+                     {"step": 4, "eval_pass": c}] for a, b, c in runs]
+             for name, runs in looks.items()}
+    columns = {name: [{} for _ in runs] for name, runs in steps.items()}
+    vcopd.count_rollouts_to_rl(columns, steps, {n: replace(cfg, method=n) for n in steps})
+    assert [run["answers_to_rl"] for run in columns["rl"]] == [None, 2 * 64]
+    assert columns["vcopd"] == [{"answers_to_rl": 2 * 64, "reached_rl": 1.0}]
+    assert columns["sft"] == [{"answers_to_rl": None, "reached_rl": 0.0}]
+    assert vcopd.answers_in_step(replace(cfg, method="sft")) == 16  # it has one answer to each
+
+
+def test_the_table_fits_a_terminal_however_many_methods_it_has(capsys):
+    """Thirteen ablations side by side would wrap into noise."""
+    names = ["base", "vcopd", *(f"variant {i}" for i in range(9))]
+    columns = {name: [{"pass": 0.25}, {"pass": 0.75 if name == "vcopd" else None}]
+               for name in names}
+    vcopd.print_table(columns, {"vcopd": (0.0, 0.0)})
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    cells = [cell for line in lines if line.startswith("pass ") for cell in line.split()[1:]]
+    assert cells == ["0.250", "±0.000", "0.500", "±0.250", *["0.250", "±0.000"] * 9]
 
 
 def test_every_ablation_changes_one_choice():

@@ -63,6 +63,8 @@ and including the first stop token. Letters: P prompts, K rollouts, B rows, T to
 D hidden size, N tokens picked by a mask.
 """
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import ctypes
@@ -396,7 +398,67 @@ class NotFinite(RunError):
 # #############################################################################################
 
 # =============================================================================================
-# Sequences: padded rows of token ids
+# One training step. Each of its calls is explained below, in the order of the calls
+# =============================================================================================
+
+
+@dataclass
+class State:
+    """All that training changes: exactly what a checkpoint holds."""
+
+    optimizer: torch.optim.Optimizer
+    kl_coef: float
+    step: int = 0
+    replay: Batch | None = None
+    before: dict = field(default_factory=dict)  # the base's scores, to compare with at the end
+
+
+def train_step(policy: Policy, task: tasks.Task, examples: list, state: State,
+               cfg: Config) -> tuple[dict, list[dict]]:
+    """One step of VC-OPD on P examples. Returns metrics, and the first group for people to read."""
+    # sample K answers to each prompt from the current student
+    prompts = [policy.encode(example.prompt) for example in examples]
+    generator = seeded("rollouts", cfg.seed, world() * state.step + rank())
+    batch = sample(policy, policy.student, prompts, cfg.rollouts, cfg, generator)
+
+    # let the verifier decide what each is worth; meanwhile reference and teacher read them, once
+    rows = [example for example in examples for _ in range(cfg.rollouts)]
+    answers = policy.decode(batch)
+    with ThreadPoolExecutor(os.cpu_count()) as judges:
+        verdicts = judges.map(task.verify, rows, answers)
+        parts = ask_reference(policy, batch, cfg)
+        if cfg.teacher != "none" and cfg.teacher_coef > 0:
+            for part in parts:
+                part.logp_teacher = ask_teacher(policy, part, rows, cfg)
+
+    # compare the verdicts within each group
+    verdicts = list(verdicts)
+    reward = torch.tensor([float(v.reward) for v in verdicts], device=policy.device)  # Eq. 1
+    advantage = group_advantage(reward, cfg.rollouts)
+    if cfg.method == "opd":  # blind distillation looks at no verdict
+        advantage = torch.zeros_like(advantage)
+    for part in parts:
+        part.advantage = advantage[part.index.to(advantage.device)]
+
+    # now and then, collect the student's best answers to prompts about old skills
+    if cfg.replay_share > 0 and state.step % cfg.replay_every == 0:
+        state.replay = refresh_replay(policy, task.anchors, cfg.seed, state.step, cfg)
+
+    # learn: the first pass is on-policy, in the later ones the ratio clip acts
+    for epoch in range(cfg.epochs):
+        replay = draw_replay(state, len(rows), epoch, cfg)
+        info = update(policy, parts, replay, state, cfg)
+    state.kl_coef = adapt_kl_coef(state.kl_coef, info["kl"], cfg)
+
+    metrics = {**rollout_metrics(batch, verdicts, policy), **info, "kl_coef": state.kl_coef,
+               **hint_metrics(parts, tied_groups(reward, cfg.rollouts))}
+    group = range(cfg.rollouts)
+    return metrics, [sample_record(state.step + 1, rows[i], answers[i], verdicts[i],
+                                   advantage[i].item()) for i in group]
+
+
+# =============================================================================================
+# Roles: one frozen model, and named LoRA adapters that are switched on and off
 # =============================================================================================
 
 
@@ -413,11 +475,381 @@ class Batch:
         lengths = self.mask.sum(1).tolist()
         return [row[:n] for row, n in zip(self.completion.tolist(), lengths, strict=True)]
 
-    def rows(self, index: Tensor) -> "Batch":
+    def rows(self, index: Tensor) -> Batch:
         """The chosen rows, cut to their longest completion."""
         longest = int(self.mask[index].sum(1).max())
         return Batch([self.contexts[i] for i in index.tolist()],
                      self.completion[index, :longest], self.mask[index, :longest])
+
+
+BASE: tuple[str, ...] = ()  # pi_0: no adapter at all
+
+
+@dataclass
+class Policy:
+    """The frozen model in all its roles, and the tokenizer that belongs to it."""
+
+    model: nn.Module
+    tokenizer: object
+    stop_ids: Tensor
+    pad_id: int
+    reference: tuple[str, ...] = BASE  # pi_ref and the self teacher. differs: after Step 1
+    specialist: bool = False  # the teacher is the adapter of that name
+    stronger: Policy | None = None  # the teacher is another model
+    pack: int = 1024  # tokens in a row of several answers: in longer ones attention costs more
+
+    @property
+    def teacher(self) -> tuple[Policy, tuple[str, ...]]:
+        """The model and the adapters of T: itself, unless another one was named."""
+        if self.stronger:
+            return self.stronger, BASE
+        return self, ("specialist",) if self.specialist else self.reference
+
+    @property
+    def student(self) -> tuple[str, ...]:
+        """The adapters of pi_theta."""
+        return (*self.reference, "policy")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives."""
+        return self.stop_ids.device
+
+    def encode(self, prompt: str) -> list[int]:
+        """A user message as the ids that the model continues, with exactly one BOS.
+
+        Chat templates write it themselves or leave it to the tokenizer; some models have none.
+        """
+        text = prompt + "\n"
+        if self.tokenizer.chat_template is not None:
+            text = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], tokenize=False,
+                add_generation_prompt=True, enable_thinking=False)  # Qwen3: the answer at once
+        ids = self.tokenizer(text, add_special_tokens=False).input_ids
+        own = self.tokenizer("").input_ids[:1]  # what the tokenizer itself begins with
+        missing = own == [self.tokenizer.bos_token_id] and ids[:1] != own
+        return own + ids if missing else ids
+
+    def decode(self, batch: Batch) -> list[str]:
+        """Completions as text, for the verifier and for people; training keeps the ids."""
+        return self.tokenizer.batch_decode(batch.answers(), skip_special_tokens=True,
+                                           clean_up_tokenization_spaces=False)
+
+
+@contextlib.contextmanager
+def adapters(model: nn.Module, names: tuple[str, ...]):
+    """Switch on exactly these adapters inside the block; nests, and survives exceptions."""
+    layers = lora_layers(model).values()
+    before = [layer.active for layer in layers]
+    for layer in layers:
+        layer.active = names
+    try:
+        yield
+    finally:
+        for layer, active in zip(layers, before, strict=True):
+            layer.active = active
+
+
+# =============================================================================================
+# Step 2 - rollouts: y_1 .. y_K ~ pi_theta(.|x)
+# =============================================================================================
+
+
+@torch.no_grad()
+def sample(policy: Policy, role: tuple[str, ...], prompts: list[list[int]], k: int,
+           cfg: Config, generator: torch.Generator) -> Batch:
+    """K completions of each prompt, prompt-major: rows i*K .. i*K+K-1 answer prompt i.
+
+    Each prompt is read once and its cache shared by its K rollouts; finished rows are dropped.
+    """
+    completion = torch.full((len(prompts) * k, cfg.max_new_tokens), policy.pad_id,
+                            device=policy.device)  # (B, T)
+    alive = torch.arange(len(completion), device=policy.device)  # rows still in the cache
+    going = torch.ones_like(alive, dtype=torch.bool)  # those of them that have not stopped
+    with adapters(policy.model, role):
+        hidden, cache, seen = read_prompts(policy, prompts, k, cfg.max_new_tokens)
+        for t in range(cfg.max_new_tokens):
+            token = draw(head(policy.model, hidden), cfg.temperature, cfg.top_p, generator)
+            completion[alive, t] = token
+            going &= ~torch.isin(token, policy.stop_ids)
+            if t + 1 == cfg.max_new_tokens or not going.any():
+                break
+            if going.sum() <= DROP * len(going):
+                cache.batch_select_indices(going.nonzero()[:, 0])
+                alive, token, seen, going = (rows[going] for rows in (alive, token, seen, going))
+            hidden, seen = read_token(policy, token, cache, seen)
+    contexts = [prompt for prompt in prompts for _ in range(k)]
+    mask = stop_mask(completion, policy.stop_ids)
+    completion = completion.masked_fill(~mask, policy.pad_id)
+    return Batch(contexts, completion, mask).rows(torch.arange(len(completion)))
+
+
+def draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
+    """One token for each row: logits (B, V) -> (B,). Temperature 0 is greedy.
+
+    The nucleus is the smallest set of most likely tokens whose probability reaches top_p.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    full = F.softmax(logits.float() / temperature, -1)
+    probs, order = full.topk(min(256, full.shape[-1]))  # as a rule they hold the nucleus
+    if (probs.sum(-1) < top_p).any():
+        probs, order = full.sort(-1, descending=True)
+    probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)  # (B, V)
+    uniform = torch.rand(len(probs), 1, generator=generator).to(probs.device)
+    total = probs.cumsum(-1)
+    choice = torch.searchsorted(total, uniform * total[:, -1:], right=True)
+    inside = (probs > 0).sum(-1, keepdim=True)  # rounding must not lead out of the nucleus
+    return order.gather(-1, torch.minimum(choice, inside - 1))[:, 0]
+
+
+def stop_mask(completion: Tensor, stop_ids: Tensor) -> Tensor:
+    """True up to and including the first stop token of each row: (B, T) -> (B, T).
+
+    The stop is found by position: pad may be the same token as eos, and its first must be learnt.
+    """
+    stops = torch.isin(completion, stop_ids).long()
+    return stops.cumsum(1) - stops == 0
+
+
+# =============================================================================================
+# Scoring: what a role thinks of given completions
+# =============================================================================================
+
+
+@dataclass
+class Experience:
+    """A micro-batch of scored rollouts: all that the loss needs, and nothing with a gradient."""
+
+    batch: Batch
+    index: Tensor  # (b,) row numbers in the whole batch
+    hidden_ref: Tensor  # (N, D) of pi_ref: its logits would be V / D times larger
+    advantage: Tensor | None = None  # (b,)
+    logp_teacher: Tensor | None = None  # (b, T)
+    logp_old: Tensor | None = None  # (b, T), computed in the first epoch, before any update
+    gap: Tensor | None = None  # (b, T)
+
+
+@torch.no_grad()
+def ask_reference(policy: Policy, batch: Batch, cfg: Config) -> list[Experience]:
+    """Micro-batches of the rollouts, each with what the reference thinks of them."""
+    parts = []
+    for index in micro_batches(policy, batch, cfg.micro_tokens):
+        part = batch.rows(index)
+        hidden_ref = completion_hidden(policy, policy.reference, part)
+        parts.append(Experience(part, index, hidden_ref))
+    return parts
+
+
+@torch.no_grad()
+def ask_teacher(policy: Policy, part: Experience, examples: list, cfg: Config) -> Tensor:
+    """log T(a_t|s_t, hint) of the student's very ids, behind the privileged prompt: (b, T)."""
+    teacher, role = policy.teacher
+    hints = [teacher.encode(tasks.privileged_prompt(examples[i])) for i in part.index.tolist()]
+    hinted = replace(part.batch, contexts=hints)
+    return on_tokens(teacher, token_logps, cfg.temperature, hinted,
+                     completion_hidden(teacher, role, hinted))
+
+
+def completion_hidden(policy: Policy, role: tuple[str, ...], batch: Batch) -> Tensor:
+    """The hidden states that predict the N unmasked completion tokens under a role: (N, D)."""
+    ids, positions, mask, predictors = one_row_per_prompt(policy, batch)
+    with adapters(policy.model, role):
+        hidden = policy.model.base_model(ids, attention_mask=mask, position_ids=positions,
+                                         use_cache=False).last_hidden_state  # (b, L, D)
+    return hidden.flatten(0, 1).index_select(0, predictors)
+
+
+def head(model: nn.Module, hidden: Tensor) -> Tensor:
+    """Hidden states (..., D) -> logits (..., V), as the model's own forward makes them."""
+    logits = model.get_output_embeddings()(hidden)
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def token_logps(model: nn.Module, temperature: float, ids: Tensor, hidden: Tensor) -> Tensor:
+    """log pi(a_t|s_t) at the sampling temperature, in float32: ids (N,), hidden (N, D) -> (N,)."""
+    logits = head(model, hidden).float() / temperature  # differs: tempered in every role
+    return F.log_softmax(logits, -1).gather(-1, ids[:, None])[:, 0]
+
+
+def token_terms(model: nn.Module, temperature: float, ids: Tensor, hidden: Tensor,
+                hidden_ref: Tensor) -> Tensor:
+    """Stacked (3, N): log pi_theta(a_t|s_t), KL(pi_theta || pi_ref) and entropy, both exact."""
+    logp = F.log_softmax(head(model, hidden).float() / temperature, -1)  # (N, V)
+    logp_ref = F.log_softmax(head(model, hidden_ref).float() / temperature, -1)
+    kl = (logp.exp() * (logp - logp_ref)).sum(-1)
+    entropy = -(logp.exp() * logp).sum(-1)  # Eq. 10
+    return torch.stack([logp.gather(-1, ids[:, None])[:, 0], kl, entropy])
+
+
+# =============================================================================================
+# Step 3 - verdict: the advantage of each rollout within its group
+# =============================================================================================
+
+
+def group_advantage(reward: Tensor, k: int) -> Tensor:
+    """Rewards (B,), prompt-major, compared within each group of K -> advantages (B,)."""
+    group = reward.view(-1, k)  # (P, K)
+    std, mean = torch.std_mean(group, 1, correction=0, keepdim=True)
+    advantage = ((group - mean) / (std + 1e-4)).view(-1)  # Eq. 2
+    return advantage.masked_fill(tied_groups(reward, k), 0.0)  # differs: float noise is no signal
+
+
+def tied_groups(reward: Tensor, k: int) -> Tensor:
+    """Which rollouts (B,) got the same reward as all the others of their group?"""
+    group = reward.view(-1, k)  # (P, K)
+    return (group.amax(1) == group.amin(1)).repeat_interleave(k)
+
+
+# =============================================================================================
+# Step 4 - hints: the teacher's gap, clipped, gated by the verdict
+# =============================================================================================
+
+
+def teacher_gap(logp_teacher: Tensor | None, logp_old: Tensor, clip: float) -> Tensor:
+    """How much more the teacher likes each sampled token, clipped: (B, T). Carries no gradient."""
+    if logp_teacher is None:  # without a teacher
+        return torch.zeros_like(logp_old)
+    return (logp_teacher - logp_old).clamp(-clip, clip).detach()  # Eq. 3
+
+
+GATES = {  # advantage (B,) -> gate (B,)
+    "sigmoid": torch.sigmoid,  # Eq. 4
+    "success": lambda advantage: (advantage > 0).float(),  # hints on successes only (SDPG)
+    "failure": lambda advantage: torch.sigmoid(-advantage),  # hints mostly on failures (SRPO)
+    "none": torch.ones_like,
+}
+
+
+def dense_advantage(advantage: Tensor, gap: Tensor, cfg: Config) -> Tensor:
+    """Sequence verdict (B,) and token hints (B, T) in one advantage (B, T), never normalised."""
+    gate = GATES[cfg.gate](advantage)[:, None]
+    return advantage[:, None] + cfg.teacher_coef * gate * gap  # Eq. 5
+
+
+# =============================================================================================
+# Step 5 - update: clipped policy loss, exact KL, entropy
+# =============================================================================================
+
+
+def update(policy: Policy, parts: list[Experience], replay: Batch | None, state: State,
+           cfg: Config) -> dict[str, float]:
+    """One optimiser step on the whole batch; gradients of the micro-batches add up."""
+    share = 0.0 if replay is None else cfg.replay_share
+    tokens = total(sum(int(part.batch.mask.sum()) for part in parts))
+    sums: dict[str, float] = {}
+    for part in parts:
+        hidden = completion_hidden(policy, policy.student, part.batch)
+        terms = on_tokens(policy, token_terms, cfg.temperature, part.batch, hidden,
+                          part.hidden_ref)
+        if part.logp_old is None:  # before the first update, the student is pi_old
+            part.logp_old = terms[0].detach()
+            part.gap = teacher_gap(part.logp_teacher, part.logp_old, cfg.gap_clip)
+        loss, info = vcopd_loss(terms, part, state.kl_coef, tokens, cfg)
+        total_loss(loss, 0.0, share).backward()
+        for name, value in info.items():
+            sums[name] = sums.get(name, 0.0) + value.item()
+    replay_tokens = total(int(replay.mask.sum())) if replay else 0
+    for index in micro_batches(policy, replay, cfg.micro_tokens) if replay else []:
+        loss_replay = nll_loss(policy, policy.student, replay.rows(index), cfg.temperature,
+                               replay_tokens)
+        total_loss(0.0, loss_replay, share).backward()
+        sums["replay_loss"] = sums.get("replay_loss", 0.0) + loss_replay.item()
+    sums = {name: total(value) for name, value in sums.items()}
+    return {**sums, "grad_norm": optimizer_step(state.optimizer, cfg)}
+
+
+def vcopd_loss(terms: Tensor, part: Experience, kl_coef: float, tokens: int,
+               cfg: Config) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of one micro-batch and what to log. `terms` (3, b, T) are of `token_terms`.
+
+    In the first epoch rho is 1, so the *value* of the policy term is minus the mean of A_dense:
+    near 0, as advantages are centred (exactly, if answers are of one length and without hints).
+    Its gradient, -mean(A_dense grad log pi), is not.
+    """
+    logp, kl, entropy = terms
+    mask, eps = part.batch.mask, cfg.ratio_clip
+    assert logp.shape == mask.shape == part.logp_old.shape == part.gap.shape
+    advantage = dense_advantage(part.advantage, part.gap, cfg)  # (b, T)
+    ratio = (logp - part.logp_old).exp()  # Eq. 6
+    objective = torch.minimum(ratio * advantage, ratio.clamp(1 - eps, 1 + eps) * advantage)
+    policy_loss = -token_mean(objective, mask, tokens)  # Eq. 7
+    kl_mean = token_mean(kl, mask, tokens)
+    kl_loss = kl_coef * kl_mean  # Eq. 8
+    entropy_mean = token_mean(entropy, mask, tokens)
+    loss = policy_loss + kl_loss - cfg.entropy_coef * entropy_mean  # Eq. 11
+    clipped = (objective < ratio * advantage).float()
+    hint = (advantage - part.advantage[:, None]).abs()
+    share = hint / (hint + part.advantage.abs()[:, None]).clamp(min=1e-12)
+    return loss, {"policy_loss": policy_loss, "kl": kl_mean, "entropy": entropy_mean,
+                  "ratio_clipped": token_mean(clipped, mask, tokens),
+                  "teacher_share": token_mean(share, mask, tokens)}
+
+
+def token_mean(values: Tensor, mask: Tensor, tokens: int) -> Tensor:
+    """Sum over completion tokens, divided by the token count of the whole batch."""
+    return torch.where(mask, values, 0).sum() / tokens
+
+
+def adapt_kl_coef(kl_coef: float, kl: float, cfg: Config) -> float:
+    """Tighten the guard when the policy strays, relax it otherwise.
+
+    The rule is stationary when KL is above the target on 22 % of updates (1.2^.22 * .95^.78 = 1),
+    so the average KL settles below the target.
+    """
+    if kl_coef == 0:  # switched off
+        return 0.0
+    kl_coef = kl_coef * (1.2 if kl > cfg.kl_target else 0.95)  # Eq. 9
+    return min(max(kl_coef, 1e-4), 10.0)
+
+
+# =============================================================================================
+# Step 6 - replay: old skills, in the current student's own words
+# =============================================================================================
+
+
+def refresh_replay(policy: Policy, anchors: list[tasks.Example], seed: int, step: int,
+                   cfg: Config) -> Batch:
+    """Answers of the current student to anchor prompts: the best `replay_keep` of each skill.
+
+    Best by verifier score, and among equals by self-confidence (mean log-prob of a token).
+    """
+    prompts = [policy.encode(example.prompt) for example in anchors]
+    batch = sample(policy, policy.student, prompts, 1, cfg, seeded("replay", seed, step))
+    verdicts = [tasks.verify_skill(*pair) for pair in zip(anchors, policy.decode(batch),
+                                                           strict=True)]
+    confidence = mean_logps(policy, batch, cfg)
+    by_skill: dict[str, list[int]] = {}  # else the easiest skills would fill the pool
+    for i in sorted(range(len(anchors)), key=lambda i: (verdicts[i].reward, confidence[i])):
+        by_skill.setdefault(anchors[i].skill, []).append(i)
+    kept = [i for rows in by_skill.values()
+            for i in rows[-math.ceil(cfg.replay_keep * len(rows)):]]
+    return batch.rows(torch.tensor(kept))
+
+
+def nll_loss(policy: Policy, role: tuple[str, ...], batch: Batch, temperature: float,
+             tokens: int) -> Tensor:
+    """Negative log-likelihood over `tokens`. differs: no PPO ratio, pi_old is long gone."""
+    hidden = completion_hidden(policy, role, batch)
+    logp = on_tokens(policy, token_logps, temperature, batch, hidden)
+    return -token_mean(logp, batch.mask, tokens)
+
+
+def total_loss(loss: Tensor | float, loss_replay: Tensor | float, share: float) -> Tensor:
+    """The new task and the old skills in one loss."""
+    return (1 - share) * loss + share * loss_replay  # Eq. 12
+
+
+# #############################################################################################
+#
+#   PART II - THE MACHINERY: what the method stands on
+#
+# #############################################################################################
+
+# =============================================================================================
+# Padding, and randomness without a state
+# =============================================================================================
 
 
 def pad(rows: list[list[int]], value: int, left: bool = False) -> tuple[Tensor, Tensor]:
@@ -430,15 +862,6 @@ def pad(rows: list[list[int]], value: int, left: bool = False) -> tuple[Tensor, 
     return ids.masked_scatter(mask, torch.tensor([i for row in rows for i in row])), mask
 
 
-def stop_mask(completion: Tensor, stop_ids: Tensor) -> Tensor:
-    """True up to and including the first stop token of each row: (B, T) -> (B, T).
-
-    The stop is found by position: pad may be the same token as eos, and its first must be learnt.
-    """
-    stops = torch.isin(completion, stop_ids).long()
-    return stops.cumsum(1) - stops == 0
-
-
 def seeded(*parts) -> torch.Generator:
     """A generator that depends on nothing but its name: ("rollout", seed, step), say.
 
@@ -449,7 +872,7 @@ def seeded(*parts) -> torch.Generator:
 
 
 # =============================================================================================
-# Roles: one frozen model, and named LoRA adapters that are switched on and off
+# LoRA: named low-rank updates of every linear layer
 # =============================================================================================
 
 
@@ -524,96 +947,30 @@ def adapter_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
     return [p for layer in layers for p in (layer.lora_A[name], layer.lora_B[name])]
 
 
-@contextlib.contextmanager
-def adapters(model: nn.Module, names: tuple[str, ...]):
-    """Switch on exactly these adapters inside the block; nests, and survives exceptions."""
-    layers = lora_layers(model).values()
-    before = [layer.active for layer in layers]
-    for layer in layers:
-        layer.active = names
-    try:
-        yield
-    finally:
-        for layer, active in zip(layers, before, strict=True):
-            layer.active = active
-
-
-BASE: tuple[str, ...] = ()  # pi_0: no adapter at all
-
-
-@dataclass
-class Policy:
-    """The frozen model in all its roles, and the tokenizer that belongs to it."""
-
-    model: nn.Module
-    tokenizer: object
-    stop_ids: Tensor
-    pad_id: int
-    reference: tuple[str, ...] = BASE  # pi_ref and the self teacher. differs: after Step 1
-    specialist: bool = False  # the teacher is the adapter of that name
-    stronger: "Policy | None" = None  # the teacher is another model
-    pack: int = 1024  # tokens in a row of several answers: in longer ones attention costs more
-
-    @property
-    def teacher(self) -> "tuple[Policy, tuple[str, ...]]":
-        """The model and the adapters of T: itself, unless another one was named."""
-        if self.stronger:
-            return self.stronger, BASE
-        return self, ("specialist",) if self.specialist else self.reference
-
-    @property
-    def student(self) -> tuple[str, ...]:
-        """The adapters of pi_theta."""
-        return (*self.reference, "policy")
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model lives."""
-        return self.stop_ids.device
-
-    def encode(self, prompt: str) -> list[int]:
-        """A user message as the ids that the model continues, with exactly one BOS.
-
-        Chat templates write it themselves or leave it to the tokenizer; some models have none.
-        """
-        text = prompt + "\n"
-        if self.tokenizer.chat_template is not None:
-            text = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False,
-                add_generation_prompt=True, enable_thinking=False)  # Qwen3: the answer at once
-        ids = self.tokenizer(text, add_special_tokens=False).input_ids
-        own = self.tokenizer("").input_ids[:1]  # what the tokenizer itself begins with
-        missing = own == [self.tokenizer.bos_token_id] and ids[:1] != own
-        return own + ids if missing else ids
-
-    def decode(self, batch: Batch) -> list[str]:
-        """Completions as text, for the verifier and for people; training keeps the ids."""
-        return self.tokenizer.batch_decode(batch.answers(), skip_special_tokens=True,
-                                           clean_up_tokenization_spaces=False)
-
-
 # =============================================================================================
-# Step 2 - rollouts: y_1 .. y_K ~ pi_theta(.|x)
+# The sampler reads each prompt once
 # =============================================================================================
 
+DROP = 0.9  # finished rows leave when no more than this share goes on: to copy the cache is slow
 
-def draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
-    """One token for each row: logits (B, V) -> (B,). Temperature 0 is greedy.
 
-    The nucleus is the smallest set of most likely tokens whose probability reaches top_p.
-    """
-    if temperature == 0:
-        return logits.argmax(-1)
-    full = F.softmax(logits.float() / temperature, -1)
-    probs, order = full.topk(min(256, full.shape[-1]))  # as a rule they hold the nucleus
-    if (probs.sum(-1) < top_p).any():
-        probs, order = full.sort(-1, descending=True)
-    probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)  # (B, V)
-    uniform = torch.rand(len(probs), 1, generator=generator).to(probs.device)
-    total = probs.cumsum(-1)
-    choice = torch.searchsorted(total, uniform * total[:, -1:], right=True)
-    inside = (probs > 0).sum(-1, keepdim=True)  # rounding must not lead out of the nucleus
-    return order.gather(-1, torch.minimum(choice, inside - 1))[:, 0]
+def read_prompts(policy: Policy, prompts: list[list[int]], k: int, room: int) -> tuple:
+    """The last hidden state (B, D), the cache, and the attention mask (B, L) of K rollouts each."""
+    ids, seen = (t.to(policy.device) for t in pad(prompts, policy.pad_id, left=True))
+    out = policy.model.base_model(ids, attention_mask=seen.long(), use_cache=True,
+                                  position_ids=(seen.cumsum(1) - 1).clamp(min=0))
+    share_cache(out.past_key_values, k, room)
+    hidden = out.last_hidden_state[:, -1]
+    return hidden.repeat_interleave(k, 0), out.past_key_values, seen.repeat_interleave(k, 0)
+
+
+def read_token(policy: Policy, token: Tensor, cache, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """One more token (B,) of each row: its hidden state (B, D), and the longer attention mask."""
+    seen = F.pad(seen, (0, 1), value=True)
+    out = policy.model.base_model(
+        token[:, None], attention_mask=seen.long(), use_cache=True,
+        position_ids=seen.sum(1, keepdim=True) - 1, past_key_values=cache)
+    return out.last_hidden_state[:, -1], seen
 
 
 class RoomyLayer(DynamicLayer):
@@ -655,58 +1012,26 @@ def share_cache(cache, k: int, room: int) -> None:
             layer.batch_repeat_interleave(k)
 
 
-DROP = 0.9  # finished rows leave when no more than this share goes on: to copy the cache is slow
+# =============================================================================================
+# The scorer, too, reads each prompt once: its answers stand side by side behind it
+# =============================================================================================
 
 
-@torch.no_grad()
-def sample(policy: Policy, role: tuple[str, ...], prompts: list[list[int]], k: int,
-           cfg: Config, generator: torch.Generator) -> Batch:
-    """K completions of each prompt, prompt-major: rows i*K .. i*K+K-1 answer prompt i.
+def one_row_per_prompt(policy: Policy, batch: Batch) -> tuple[Tensor | None, ...]:
+    """Ids (b, L), positions (b, L), attention mask, and the N places (in b * L) that predict.
 
-    Each prompt is read once and its cache shared by its K rollouts; finished rows are dropped.
+    Rows of the batch with the same context share one. Padding stands on the right of a causal
+    model, so no real token sees it.
     """
-    ids, seen = (t.to(policy.device) for t in pad(prompts, policy.pad_id, left=True))
-    completion = torch.full((len(prompts) * k, cfg.max_new_tokens), policy.pad_id)
-    completion = completion.to(policy.device)
-    alive = torch.arange(len(completion), device=policy.device)
-    going = torch.ones_like(alive, dtype=torch.bool)
-    with adapters(policy.model, role):
-        out = policy.model.base_model(ids, attention_mask=seen.long(), use_cache=True,
-                                      position_ids=(seen.cumsum(1) - 1).clamp(min=0))
-        cache = out.past_key_values
-        share_cache(cache, k, cfg.max_new_tokens)
-        hidden = out.last_hidden_state[:, -1].repeat_interleave(k, 0)  # (B, D)
-        seen = seen.repeat_interleave(k, 0)
-        for t in range(cfg.max_new_tokens):
-            token = draw(head(policy.model, hidden), cfg.temperature, cfg.top_p, generator)
-            completion[alive, t] = token
-            going &= ~torch.isin(token, policy.stop_ids)
-            if not going.any():
-                break
-            if going.sum() <= DROP * len(going):
-                cache.batch_select_indices(going.nonzero()[:, 0])
-                alive, token, seen, going = (rows[going] for rows in (alive, token, seen, going))
-            seen = F.pad(seen, (0, 1), value=True)
-            out = policy.model.base_model(
-                token[:, None], attention_mask=seen.long(), use_cache=True,
-                position_ids=seen.sum(1, keepdim=True) - 1, past_key_values=cache)
-            hidden = out.last_hidden_state[:, -1]
-    contexts = [prompt for prompt in prompts for _ in range(k)]
-    mask = stop_mask(completion, policy.stop_ids)
-    completion = completion.masked_fill(~mask, policy.pad_id)
-    return Batch(contexts, completion, mask).rows(torch.arange(len(completion)))
-
-
-# =============================================================================================
-# Scoring: what a role thinks of given completions
-# =============================================================================================
-
-
-def head(model: nn.Module, hidden: Tensor) -> Tensor:
-    """Hidden states (..., D) -> logits (..., V), as the model's own forward makes them."""
-    logits = model.get_output_embeddings()(hidden)
-    cap = getattr(model.config, "final_logit_softcapping", None)
-    return logits if cap is None else cap * torch.tanh(logits / cap)
+    answers, groups = batch.answers(), packs(batch, policy.pack)
+    rows = [side_by_side(batch.contexts[group[0]], [answers[i] for i in group])
+            for group in groups]
+    ids, positions, owners = (pad([row[part] for row in rows], value)[0].to(policy.device)
+                              for part, value in ((0, policy.pad_id), (1, 0), (2, -1)))
+    alone = len(groups) == len(answers)
+    mask = None if alone else apart(owners, policy.model.dtype)  # None is causal
+    places = [i * ids.shape[1] + place for i, row in enumerate(rows) for place in row[3]]
+    return ids, positions, mask, torch.tensor(places, device=policy.device)
 
 
 def packs(batch: Batch, most: int) -> list[list[int]]:
@@ -745,40 +1070,23 @@ def apart(owners: Tensor, dtype: torch.dtype) -> Tensor:
         ~seen.tril(), hidden)[:, None]
 
 
-def completion_hidden(policy: Policy, role: tuple[str, ...], batch: Batch) -> Tensor:
-    """The hidden states that predict the N unmasked completion tokens under a role: (N, D).
-
-    Rows with the same context share it. Padding stands on the right of a causal model, so no
-    real token sees it.
-    """
-    answers, groups = batch.answers(), packs(batch, policy.pack)
-    rows = [side_by_side(batch.contexts[group[0]], [answers[i] for i in group])
-            for group in groups]
-    ids, positions, owners = (pad([row[part] for row in rows], value)[0].to(policy.device)
-                              for part, value in ((0, policy.pad_id), (1, 0), (2, -1)))
-    alone = len(groups) == len(answers)
-    mask = None if alone else apart(owners, policy.model.dtype)  # None is causal
-    with adapters(policy.model, role):
-        hidden = policy.model.base_model(ids, attention_mask=mask, position_ids=positions,
-                                         use_cache=False).last_hidden_state  # (b, L, D)
-    where = [i * ids.shape[1] + place for i, row in enumerate(rows) for place in row[3]]
-    return hidden.flatten(0, 1).index_select(0, torch.tensor(where, device=policy.device))
+# =============================================================================================
+# Memory: some rows, and some tokens, at a time
+# =============================================================================================
 
 
-def token_logps(model: nn.Module, temperature: float, ids: Tensor, hidden: Tensor) -> Tensor:
-    """log pi(a_t|s_t) at the sampling temperature, in float32: ids (N,), hidden (N, D) -> (N,)."""
-    logits = head(model, hidden).float() / temperature  # differs: tempered in every role
-    return F.log_softmax(logits, -1).gather(-1, ids[:, None])[:, 0]
-
-
-def token_terms(model: nn.Module, temperature: float, ids: Tensor, hidden: Tensor,
-                hidden_ref: Tensor) -> Tensor:
-    """Stacked (3, N): log pi_theta(a_t|s_t), KL(pi_theta || pi_ref) and entropy, both exact."""
-    logp = F.log_softmax(head(model, hidden).float() / temperature, -1)  # (N, V)
-    logp_ref = F.log_softmax(head(model, hidden_ref).float() / temperature, -1)
-    kl = (logp.exp() * (logp - logp_ref)).sum(-1)
-    entropy = -(logp.exp() * logp).sum(-1)  # Eq. 10
-    return torch.stack([logp.gather(-1, ids[:, None])[:, 0], kl, entropy])
+def micro_batches(policy: Policy, batch: Batch, most: int) -> list[Tensor]:
+    """Row numbers in groups of similar length, each at `most` so many tokens when padded."""
+    lengths = batch.mask.sum(1).tolist()
+    sized = [(len(batch.contexts[pack[0]]) + sum(lengths[i] for i in pack), pack)
+             for pack in packs(batch, min(policy.pack, most))]
+    parts, members = [], []
+    for size, pack in sorted(sized, key=lambda pair: pair[0]):
+        if members and (len(members) + 1) * size > most:
+            parts.append(members)
+            members = []
+        members.append(pack)
+    return [torch.tensor([i for pack in members for i in pack]) for members in [*parts, members]]
 
 
 LOGITS = 2**22  # that exist at one time
@@ -799,114 +1107,19 @@ def on_tokens(policy: Policy, terms, temperature: float, batch: Batch, *hidden: 
 
 
 # =============================================================================================
-# Step 3 - verdict: the advantage of each rollout within its group
+# Replay, and the step of the optimiser
 # =============================================================================================
 
 
-def tied_groups(reward: Tensor, k: int) -> Tensor:
-    """Which rollouts (B,) got the same reward as all the others of their group?"""
-    group = reward.view(-1, k)  # (P, K)
-    return (group.amax(1) == group.amin(1)).repeat_interleave(k)
-
-
-def group_advantage(reward: Tensor, k: int) -> Tensor:
-    """Rewards (B,), prompt-major, compared within each group of K -> advantages (B,)."""
-    group = reward.view(-1, k)  # (P, K)
-    std, mean = torch.std_mean(group, 1, correction=0, keepdim=True)
-    advantage = ((group - mean) / (std + 1e-4)).view(-1)  # Eq. 2
-    return advantage.masked_fill(tied_groups(reward, k), 0.0)  # differs: float noise is no signal
-
-
-# =============================================================================================
-# Step 4 - hints: the teacher's gap, clipped, gated by the verdict
-# =============================================================================================
-
-GATES = {  # advantage (B,) -> gate (B,)
-    "sigmoid": torch.sigmoid,  # Eq. 4
-    "success": lambda advantage: (advantage > 0).float(),  # hints on successes only (SDPG)
-    "failure": lambda advantage: torch.sigmoid(-advantage),  # hints mostly on failures (SRPO)
-    "none": torch.ones_like,
-}
-
-
-def teacher_gap(logp_teacher: Tensor | None, logp_old: Tensor, clip: float) -> Tensor:
-    """How much more the teacher likes each sampled token, clipped: (B, T). Carries no gradient."""
-    if logp_teacher is None:  # without a teacher
-        return torch.zeros_like(logp_old)
-    return (logp_teacher - logp_old).clamp(-clip, clip).detach()  # Eq. 3
-
-
-def dense_advantage(advantage: Tensor, gap: Tensor, cfg: Config) -> Tensor:
-    """Sequence verdict (B,) and token hints (B, T) in one advantage (B, T), never normalised."""
-    gate = GATES[cfg.gate](advantage)[:, None]
-    return advantage[:, None] + cfg.teacher_coef * gate * gap  # Eq. 5
-
-
-# =============================================================================================
-# Step 5 - update: clipped policy loss, exact KL, entropy
-# =============================================================================================
-
-
-@dataclass
-class Experience:
-    """A micro-batch of scored rollouts: all that the loss needs, and nothing with a gradient."""
-
-    batch: Batch
-    index: Tensor  # (b,) row numbers in the whole batch
-    hidden_ref: Tensor  # (N, D) of pi_ref: its logits would be V / D times larger
-    advantage: Tensor | None = None  # (b,)
-    logp_teacher: Tensor | None = None  # (b, T)
-    logp_old: Tensor | None = None  # (b, T), computed in the first epoch, before any update
-    gap: Tensor | None = None  # (b, T)
-
-
-def token_mean(values: Tensor, mask: Tensor, tokens: int) -> Tensor:
-    """Sum over completion tokens, divided by the token count of the whole batch."""
-    return torch.where(mask, values, 0).sum() / tokens
-
-
-def vcopd_loss(terms: Tensor, part: Experience, kl_coef: float, tokens: int,
-               cfg: Config) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of one micro-batch and what to log. `terms` (3, b, T) are of `token_terms`.
-
-    In the first epoch rho is 1, so the *value* of the policy term is minus the mean of A_dense:
-    near 0, as advantages are centred (exactly, if answers are of one length and without hints).
-    Its gradient, -mean(A_dense grad log pi), is not.
-    """
-    logp, kl, entropy = terms
-    mask, eps = part.batch.mask, cfg.ratio_clip
-    assert logp.shape == mask.shape == part.logp_old.shape == part.gap.shape
-    advantage = dense_advantage(part.advantage, part.gap, cfg)  # (b, T)
-    ratio = (logp - part.logp_old).exp()  # Eq. 6
-    objective = torch.minimum(ratio * advantage, ratio.clamp(1 - eps, 1 + eps) * advantage)
-    policy_loss = -token_mean(objective, mask, tokens)  # Eq. 7
-    kl_mean = token_mean(kl, mask, tokens)
-    kl_loss = kl_coef * kl_mean  # Eq. 8
-    entropy_mean = token_mean(entropy, mask, tokens)
-    loss = policy_loss + kl_loss - cfg.entropy_coef * entropy_mean  # Eq. 11
-    clipped = (objective < ratio * advantage).float()
-    hint = (advantage - part.advantage[:, None]).abs()
-    share = hint / (hint + part.advantage.abs()[:, None]).clamp(min=1e-12)
-    return loss, {"policy_loss": policy_loss, "kl": kl_mean, "entropy": entropy_mean,
-                  "ratio_clipped": token_mean(clipped, mask, tokens),
-                  "teacher_share": token_mean(share, mask, tokens)}
-
-
-def adapt_kl_coef(kl_coef: float, kl: float, cfg: Config) -> float:
-    """Tighten the guard when the policy strays, relax it otherwise.
-
-    The rule is stationary when KL is above the target on 22 % of updates (1.2^.22 * .95^.78 = 1),
-    so the average KL settles below the target.
-    """
-    if kl_coef == 0:  # switched off
-        return 0.0
-    kl_coef = kl_coef * (1.2 if kl > cfg.kl_target else 0.95)  # Eq. 9
-    return min(max(kl_coef, 1e-4), 10.0)
-
-
-# =============================================================================================
-# Step 6 - replay: old skills, in the current student's own words
-# =============================================================================================
+def draw_replay(state: State, rows: int, epoch: int, cfg: Config) -> Batch | None:
+    """As many kept samples as make `replay_share` of the batch."""
+    if state.replay is None:
+        return None
+    rows = rows * world()
+    count = max(world(), round(rows * cfg.replay_share / (1 - cfg.replay_share)))
+    generator = seeded("mix", cfg.seed, state.step, epoch)
+    return state.replay.rows(mine(torch.randint(len(state.replay.contexts), (count,),
+                                                generator=generator)))
 
 
 @torch.no_grad()
@@ -920,122 +1133,6 @@ def mean_logps(policy: Policy, batch: Batch, cfg: Config) -> list[float]:
         for row, value in zip(index.tolist(), logp.sum(1) / part.mask.sum(1), strict=True):
             confidence[row] = value.item()
     return confidence
-
-
-def refresh_replay(policy: Policy, anchors: list[tasks.Example], seed: int, step: int,
-                   cfg: Config) -> Batch:
-    """Answers of the current student to anchor prompts: the best `replay_keep` of each skill.
-
-    Best by verifier score, and among equals by self-confidence (mean log-prob of a token).
-    """
-    prompts = [policy.encode(example.prompt) for example in anchors]
-    batch = sample(policy, policy.student, prompts, 1, cfg, seeded("replay", seed, step))
-    verdicts = [tasks.verify_skill(*pair) for pair in zip(anchors, policy.decode(batch),
-                                                           strict=True)]
-    confidence = mean_logps(policy, batch, cfg)
-    by_skill: dict[str, list[int]] = {}  # else the easiest skills would fill the pool
-    for i in sorted(range(len(anchors)), key=lambda i: (verdicts[i].reward, confidence[i])):
-        by_skill.setdefault(anchors[i].skill, []).append(i)
-    kept = [i for rows in by_skill.values()
-            for i in rows[-math.ceil(cfg.replay_keep * len(rows)):]]
-    return batch.rows(torch.tensor(kept))
-
-
-def nll_loss(policy: Policy, role: tuple[str, ...], batch: Batch, temperature: float,
-             tokens: int) -> Tensor:
-    """Negative log-likelihood over `tokens`. differs: no PPO ratio, pi_old is long gone."""
-    hidden = completion_hidden(policy, role, batch)
-    logp = on_tokens(policy, token_logps, temperature, batch, hidden)
-    return -token_mean(logp, batch.mask, tokens)
-
-
-# =============================================================================================
-# One training step
-# =============================================================================================
-
-
-@dataclass
-class State:
-    """All that training changes: exactly what a checkpoint holds."""
-
-    optimizer: torch.optim.Optimizer
-    kl_coef: float
-    step: int = 0
-    replay: Batch | None = None
-    before: dict = field(default_factory=dict)  # the base's scores, to compare with at the end
-
-
-def verify_all(verify, examples: list, answers: list[str]) -> list[tasks.Verdict]:
-    """Judge every answer, several at a time: the verifier may wait for other processes."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(verify, examples, answers))
-
-
-def micro_batches(policy: Policy, batch: Batch, most: int) -> list[Tensor]:
-    """Row numbers in groups of similar length, each at `most` so many tokens when padded."""
-    lengths = batch.mask.sum(1).tolist()
-    sized = [(len(batch.contexts[pack[0]]) + sum(lengths[i] for i in pack), pack)
-             for pack in packs(batch, min(policy.pack, most))]
-    parts, members = [], []
-    for size, pack in sorted(sized, key=lambda pair: pair[0]):
-        if members and (len(members) + 1) * size > most:
-            parts.append(members)
-            members = []
-        members.append(pack)
-    return [torch.tensor([i for pack in members for i in pack]) for members in [*parts, members]]
-
-
-@torch.no_grad()
-def ask_reference(policy: Policy, batch: Batch, cfg: Config) -> list[Experience]:
-    """Micro-batches of the rollouts, each with what the reference thinks of them."""
-    parts = []
-    for index in micro_batches(policy, batch, cfg.micro_tokens):
-        part = batch.rows(index)
-        hidden_ref = completion_hidden(policy, policy.reference, part)
-        parts.append(Experience(part, index, hidden_ref))
-    return parts
-
-
-@torch.no_grad()
-def ask_teacher(policy: Policy, part: Experience, examples: list, cfg: Config) -> Tensor:
-    """log T(a_t|s_t, hint) of the student's very ids, behind the privileged prompt: (b, T)."""
-    teacher, role = policy.teacher
-    hints = [teacher.encode(tasks.privileged_prompt(examples[i])) for i in part.index.tolist()]
-    hinted = replace(part.batch, contexts=hints)
-    return on_tokens(teacher, token_logps, cfg.temperature, hinted,
-                     completion_hidden(teacher, role, hinted))
-
-
-def total_loss(loss: Tensor | float, loss_replay: Tensor | float, share: float) -> Tensor:
-    """The new task and the old skills in one loss."""
-    return (1 - share) * loss + share * loss_replay  # Eq. 12
-
-
-def update(policy: Policy, parts: list[Experience], replay: Batch | None, state: State,
-           cfg: Config) -> dict[str, float]:
-    """One optimiser step on the whole batch; gradients of the micro-batches add up."""
-    share = 0.0 if replay is None else cfg.replay_share
-    tokens = total(sum(int(part.batch.mask.sum()) for part in parts))
-    sums: dict[str, float] = {}
-    for part in parts:
-        hidden = completion_hidden(policy, policy.student, part.batch)
-        terms = on_tokens(policy, token_terms, cfg.temperature, part.batch, hidden,
-                          part.hidden_ref)
-        if part.logp_old is None:  # before the first update, the student is pi_old
-            part.logp_old = terms[0].detach()
-            part.gap = teacher_gap(part.logp_teacher, part.logp_old, cfg.gap_clip)
-        loss, info = vcopd_loss(terms, part, state.kl_coef, tokens, cfg)
-        total_loss(loss, 0.0, share).backward()
-        for name, value in info.items():
-            sums[name] = sums.get(name, 0.0) + value.item()
-    replay_tokens = total(int(replay.mask.sum())) if replay else 0
-    for index in micro_batches(policy, replay, cfg.micro_tokens) if replay else []:
-        loss_replay = nll_loss(policy, policy.student, replay.rows(index), cfg.temperature,
-                               replay_tokens)
-        total_loss(0.0, loss_replay, share).backward()
-        sums["replay_loss"] = sums.get("replay_loss", 0.0) + loss_replay.item()
-    sums = {name: total(value) for name, value in sums.items()}
-    return {**sums, "grad_norm": optimizer_step(state.optimizer, cfg)}
 
 
 def optimizer_step(optimizer: torch.optim.Optimizer, cfg: Config) -> float:
@@ -1054,67 +1151,6 @@ def optimizer_step(optimizer: torch.optim.Optimizer, cfg: Config) -> float:
     optimizer.zero_grad()
     return norm
 
-
-def train_step(policy: Policy, task: tasks.Task, examples: list, state: State,
-               cfg: Config) -> tuple[dict, list[dict]]:
-    """One step of VC-OPD on P examples. Returns metrics, and the first group for people to read."""
-    # sample K answers to each prompt from the current student
-    prompts = [policy.encode(example.prompt) for example in examples]
-    generator = seeded("rollouts", cfg.seed, world() * state.step + rank())
-    batch = sample(policy, policy.student, prompts, cfg.rollouts, cfg, generator)
-
-    # let the verifier decide what each is worth; meanwhile reference and teacher read them, once
-    rows = [example for example in examples for _ in range(cfg.rollouts)]
-    answers = policy.decode(batch)
-    with ThreadPoolExecutor(os.cpu_count()) as judges:
-        verdicts = judges.map(task.verify, rows, answers)
-        parts = ask_reference(policy, batch, cfg)
-        if cfg.teacher != "none" and cfg.teacher_coef > 0:
-            for part in parts:
-                part.logp_teacher = ask_teacher(policy, part, rows, cfg)
-
-    # compare the verdicts within each group
-    verdicts = list(verdicts)
-    reward = torch.tensor([float(v.reward) for v in verdicts], device=policy.device)  # Eq. 1
-    advantage = group_advantage(reward, cfg.rollouts)
-    if cfg.method == "opd":  # blind distillation looks at no verdict
-        advantage = torch.zeros_like(advantage)
-    for part in parts:
-        part.advantage = advantage[part.index.to(advantage.device)]
-
-    # now and then, collect the student's best answers to prompts about old skills
-    if cfg.replay_share > 0 and state.step % cfg.replay_every == 0:
-        state.replay = refresh_replay(policy, task.anchors, cfg.seed, state.step, cfg)
-
-    # learn: the first pass is on-policy, in the later ones the ratio clip acts
-    for epoch in range(cfg.epochs):
-        replay = draw_replay(state, len(rows), epoch, cfg)
-        info = update(policy, parts, replay, state, cfg)
-    state.kl_coef = adapt_kl_coef(state.kl_coef, info["kl"], cfg)
-
-    metrics = {**rollout_metrics(batch, verdicts, policy), **info, "kl_coef": state.kl_coef,
-               **hint_metrics(parts, tied_groups(reward, cfg.rollouts))}
-    group = range(cfg.rollouts)
-    return metrics, [sample_record(state.step + 1, rows[i], answers[i], verdicts[i],
-                                   advantage[i].item()) for i in group]
-
-
-def draw_replay(state: State, rows: int, epoch: int, cfg: Config) -> Batch | None:
-    """As many kept samples as make `replay_share` of the batch."""
-    if state.replay is None:
-        return None
-    rows = rows * world()
-    count = max(world(), round(rows * cfg.replay_share / (1 - cfg.replay_share)))
-    generator = seeded("mix", cfg.seed, state.step, epoch)
-    return state.replay.rows(mine(torch.randint(len(state.replay.contexts), (count,),
-                                                generator=generator)))
-
-
-# #############################################################################################
-#
-#   PART II - RUNNING IT: the built-in model, evaluation, run folder, command line
-#
-# #############################################################################################
 
 # =============================================================================================
 # What a step reports
@@ -1277,6 +1313,12 @@ def on_rank_0(function, *args):
         dist.broadcast_object_list(box)
     return box[0]
 
+
+# #############################################################################################
+#
+#   PART III - RUNNING IT: models, evaluation, run folder, command line
+#
+# #############################################################################################
 
 # =============================================================================================
 # The built-in model: a small Llama that is pretrained on the spot
@@ -1795,6 +1837,12 @@ def answers_to(policy: Policy, role: tuple[str, ...], prompts: list[str], k: int
     return batches, texts
 
 
+def verify_all(verify, examples: list, answers: list[str]) -> list[tasks.Verdict]:
+    """Judge every answer, several at a time: the verifier may wait for other processes."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(verify, examples, answers))
+
+
 def greedy_verdicts(policy: Policy, role: tuple[str, ...], examples: list, verify,
                     cfg: Config) -> list[tuple[str, tasks.Verdict]]:
     """The most likely answer to each example, and what the verifier says of it."""
@@ -2110,7 +2158,7 @@ class StopRequest:
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
     asked = False
 
-    def __enter__(self) -> "StopRequest":
+    def __enter__(self) -> StopRequest:
         self.handlers = [signal.signal(number, self.ask) for number in self.SIGNALS]
         return self
 
@@ -2366,15 +2414,19 @@ def ablate(cfg: Config, out: Path) -> None:
 def tabulate(variants: dict[str, Config], seeds: int, task: tasks.Task, known: dict,
              out: Path) -> None:
     """Run each variant with every seed; print one table, and save it with the numbers behind."""
-    columns, passes = {"base": []}, {}
+    columns, passes, steps = {"base": []}, {}, {}
     for name, variant in variants.items():
         runs = [replace(variant, seed=variant.seed + i, out=f"{out}/{name}-s{variant.seed + i}")
                 for i in range(seeds)]
         reports = [finished(one, task, known) for one in runs]
-        columns[name] = [numbers_of(*pair) for pair in zip(reports, runs, strict=True)]
+        steps[name] = [read_metrics(one) for one in runs]
+        columns[name] = [numbers_of(*each, variant)
+                         for each in zip(reports, steps[name], strict=True)]
         passes[name] = np.mean([first_split(r["after"])["passes"] for r in reports], 0)
         if name == "vcopd":
             columns["base"] = [flat(reports[0]["before"])]
+    if "rl" in variants:
+        count_rollouts_to_rl(columns, steps, variants)
     changes = {name: paired_bootstrap(passes["vcopd"], passes[name]) for name in variants}
     print_table(columns, changes)
     on_rank_0(write_json, out / "table.json", {
@@ -2382,37 +2434,67 @@ def tabulate(variants: dict[str, Config], seeds: int, task: tasks.Task, known: d
         "lr": {name: variant.lr for name, variant in variants.items()}})
 
 
-def numbers_of(report: dict, cfg: Config) -> dict[str, float]:
-    """One run's entries of the table: scores, and what they cost."""
+def read_metrics(cfg: Config) -> list[dict]:
+    """What a finished run wrote in each step."""
     with reading(Path(cfg.out)):
         lines = (Path(cfg.out) / "metrics.jsonl").read_text("utf-8").splitlines()
-        steps = [json.loads(line) for line in lines]
+        return [json.loads(line) for line in lines]
+
+
+def answers_in_step(cfg: Config) -> int:
+    """How many answers a step learns from: rollouts, or the references of SFT."""
+    return cfg.prompts * (1 if cfg.method == "sft" else cfg.rollouts)
+
+
+def numbers_of(report: dict, steps: list[dict], cfg: Config) -> dict[str, float]:
+    """One run's entries of the table: scores, and what they cost."""
     before, after = report["before"], report["after"]
     return {**flat(after), "general worst": min(after["general"].values()),
             "entropy_ratio": after["entropy"] / max(before["entropy"], 1e-9),
             "teacher_share": mean(m.get("teacher_share", 0.0) for m in steps),
             "improved": float(report["verdict"]["improved"]),
-            "rollouts": float(sum("reward" in m for m in steps) * cfg.prompts * cfg.rollouts),
+            "answers": float(len(steps) * answers_in_step(cfg)),
             "tokens": float(sum(m["tokens"] for m in steps)), "minutes": report["seconds"] / 60}
+
+
+def count_rollouts_to_rl(columns: dict, steps: dict, variants: dict[str, Config]) -> None:
+    """Credit density: after how many answers a run first passed as often as RL at its end.
+
+    By the looks at held-out problems during training; None where it never did.
+    """
+    looks = {name: [[(m["step"], m["eval_pass"]) for m in run if "eval_pass" in m]
+                    for run in runs] for name, runs in steps.items()}
+    goal = mean(run[-1][1] for run in looks["rl"] if run)
+    for name, runs in looks.items():
+        for numbers, run in zip(columns[name], runs, strict=True):
+            first = min((step for step, rate in run if rate >= goal), default=None)
+            numbers["answers_to_rl"] = first and float(first * answers_in_step(variants[name]))
+            numbers["reached_rl"] = float(first is not None)
+
+
+ACROSS = 5  # methods that fit on a terminal
 
 
 def print_table(columns: dict[str, list[dict]], changes: dict[str, tuple]) -> None:
     """Mean and standard deviation over seeds; methods side by side."""
-    print("\n" + " " * 28 + "".join(f"{name:>17}" for name in columns))
-    for row in columns["vcopd"][0]:
-        print(f"{row:28}" + "".join(spread([run[row] for run in runs if row in run])
-                                    for runs in columns.values()))
+    for i in range(0, len(columns), ACROSS):
+        some = dict(list(columns.items())[i:i + ACROSS])
+        print("\n" + " " * 24 + "".join(f"{name:>15}" for name in some))
+        for row in columns["vcopd"][0]:
+            print(f"{row:24}" + "".join(spread([run.get(row) for run in runs])
+                                        for runs in some.values()))
     print("\npass@1 against vcopd, mean over seeds, 95 % interval over problems:")
     for name, (low, high) in changes.items():
         print(f"  {name:20}[{low:+.3f}, {high:+.3f}]")
 
 
-def spread(values: list[float]) -> str:
-    """Mean and standard deviation in 17 characters; a dash for nothing."""
+def spread(values: list[float | None]) -> str:
+    """Mean and standard deviation of those that are there; a dash for none."""
+    values = [value for value in values if value is not None]
     if not values:
-        return f"{'-':>17}"
+        return f"{'-':>15}"
     digits = 0 if values[0] >= 100 else 3
-    return f"{np.mean(values):9.{digits}f} ±{np.std(values):6.{digits}f}"
+    return f"{np.mean(values):8.{digits}f} ±{np.std(values):5.{digits}f}"
 
 
 # =============================================================================================
