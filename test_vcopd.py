@@ -1381,7 +1381,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_step():
 def test_imitation_learns_the_reference_and_where_it_ends(toy):
     """The reference `aa` becomes a, a and the stop token; the likelihood of all three rises."""
     policy = tiny_policy()
-    batch = vcopd.reference_batch(policy, toy.train[:2])
+    batch = vcopd.solution_batch(policy, toy.train[:2])
     a = VOCAB.index("a")
     assert batch.completion.tolist() == [[a, a, EOS]] * 2
     assert batch.mask.all()
@@ -1787,7 +1787,7 @@ def test_every_stop_token_is_known_and_sft_teaches_the_end_of_turn(tmp_path):
     policy = vcopd.load_policy(config(folder), None)
     end = policy.tokenizer.convert_tokens_to_ids("<|end|>")
     assert policy.stop_ids.tolist() == [end, 0, 3]
-    batch = vcopd.reference_batch(policy, [tasks.Example("", "Q", "return x", "")])
+    batch = vcopd.solution_batch(policy, [tasks.Example("", "Q", "return x", "")])
     assert batch.completion[0, -1] == end and batch.mask.all()
     assert policy.decode(batch) == ["return x"]
     plain = small_tokenizer(template=None)

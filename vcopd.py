@@ -19,7 +19,7 @@ a verifier says how good they are, and a teacher may only add hints inside that 
     python vcopd.py --task codeedit --method rl      # the same loop without a teacher
 
 The method, in the order of this file. Step 1 runs once, `train_step` repeats Steps 2 to 6: start
-reading there. (P prompts, K rollouts each, B = P*K rows, T tokens.)
+reading there.
 
     Step 1  format      SFT on a separate adapter, only if needed       train_format
     Step 2  rollouts    y_1..y_K ~ pi_theta(.|x)                                sample
@@ -58,9 +58,10 @@ Where this differs from the essay (each is marked `differs:` on its line, the la
        speak of the distribution that was sampled (top_p aside). Supervised steps use 1.
     5. The reward's three penalties are each held in [0, 1], so no pass is below a fail.
 
-Shapes: every per-token tensor is (B, T) on completion positions, next to a mask that is True up to
-and including the first stop token. Letters: P prompts, K rollouts, B rows, T tokens, V vocabulary,
-D hidden size, N tokens picked by a mask.
+Shapes: every per-token number is in a (B, T) tensor on completion positions, next to a mask that is
+True up to and including the first stop token. Letters: P prompts, K rollouts, B = P*K rows,
+T tokens, N of them under the mask, V vocabulary, D hidden size; b rows and L tokens of one forward
+pass.
 """
 
 from __future__ import annotations
@@ -154,7 +155,7 @@ class Config:
     lr: float = knob(1e-5, "learning rate (Adam, constant)", low=0.0)
     epochs: int = knob(2, "optimiser steps on each batch of rollouts", low=1)
     ratio_clip: float = knob(0.2, "epsilon of Eq. 7", low=0.0)
-    kl_coef: float = knob(0.01, "beta of Eq. 8 at the start", low=0.0)
+    kl_coef: float = knob(0.01, "beta of Eq. 8 at the start; 0 is no guard", low=0.0, high=10.0)
     kl_target: float = knob(0.03, "nats per token above which beta grows (Eq. 9)", low=0.0)
     entropy_coef: float = knob(0.001, "eta of Eq. 11", low=0.0)
     max_grad_norm: float = knob(1.0, "gradients are scaled down to this norm", low=0.0)
@@ -272,8 +273,10 @@ def option(name: str) -> str:
 
 
 def default_of(name: str, default) -> str:
-    """The default as --help shows it, with the tiny model's where it differs."""
-    return f"{default}; tiny {TINY[name]}" if name in TINY else f"{default}"
+    """The default as --help shows it, with those of the tiny model and of tasks that differ."""
+    presets = {"tiny": TINY, **tasks.PRESETS}
+    return "; ".join([f"{default}", *(f"{who} {preset[name]}" for who, preset in presets.items()
+                                      if name in preset)])
 
 
 def fault_in(name: str, value, meta: dict) -> str:
@@ -398,7 +401,7 @@ class NotFinite(RunError):
 # #############################################################################################
 
 # =============================================================================================
-# One training step. Each of its calls is explained below, in the order of the calls
+# One training step. Below, its Steps one by one
 # =============================================================================================
 
 
@@ -416,23 +419,23 @@ class State:
 def train_step(policy: Policy, task: tasks.Task, examples: list, state: State,
                cfg: Config) -> tuple[dict, list[dict]]:
     """One step of VC-OPD on P examples. Returns metrics, and the first group for people to read."""
-    # sample K answers to each prompt from the current student
+    # Step 2: sample K answers to each prompt from the current student
     prompts = [policy.encode(example.prompt) for example in examples]
     generator = seeded("rollouts", cfg.seed, world() * state.step + rank())
     batch = sample(policy, policy.student, prompts, cfg.rollouts, cfg, generator)
-
-    # let the verifier decide what each is worth; meanwhile reference and teacher read them, once
-    rows = [example for example in examples for _ in range(cfg.rollouts)]
     answers = policy.decode(batch)
-    with ThreadPoolExecutor(os.cpu_count()) as judges:
-        verdicts = judges.map(task.verify, rows, answers)
+    asked = [example for example in examples for _ in range(cfg.rollouts)]
+
+    # Step 3: the verifier decides what each is worth; meanwhile reference and teacher read them
+    with ThreadPoolExecutor(1) as aside:
+        judging = aside.submit(verify_all, task.verify, asked, answers)
         parts = ask_reference(policy, batch, cfg)
-        if cfg.teacher != "none" and cfg.teacher_coef > 0:
+        if has_teacher(cfg):
             for part in parts:
-                part.logp_teacher = ask_teacher(policy, part, rows, cfg)
+                part.logp_teacher = ask_teacher(policy, part, asked, cfg)
+        verdicts = judging.result()
 
     # compare the verdicts within each group
-    verdicts = list(verdicts)
     reward = torch.tensor([float(v.reward) for v in verdicts], device=policy.device)  # Eq. 1
     advantage = group_advantage(reward, cfg.rollouts)
     if cfg.method == "opd":  # blind distillation looks at no verdict
@@ -440,21 +443,20 @@ def train_step(policy: Policy, task: tasks.Task, examples: list, state: State,
     for part in parts:
         part.advantage = advantage[part.index.to(advantage.device)]
 
-    # now and then, collect the student's best answers to prompts about old skills
+    # Step 6: now and then, collect the student's best answers to prompts about old skills
     if cfg.replay_share > 0 and state.step % cfg.replay_every == 0:
         state.replay = refresh_replay(policy, task.anchors, cfg.seed, state.step, cfg)
 
-    # learn: the first pass is on-policy, in the later ones the ratio clip acts
+    # Steps 4 and 5: credit tokens, and learn. The first pass is on-policy, later ones are clipped
     for epoch in range(cfg.epochs):
-        replay = draw_replay(state, len(rows), epoch, cfg)
+        replay = draw_replay(state, len(asked), epoch, cfg)
         info = update(policy, parts, replay, state, cfg)
     state.kl_coef = adapt_kl_coef(state.kl_coef, info["kl"], cfg)
 
     metrics = {**rollout_metrics(batch, verdicts, policy), **info, "kl_coef": state.kl_coef,
-               **hint_metrics(parts, tied_groups(reward, cfg.rollouts))}
-    group = range(cfg.rollouts)
-    return metrics, [sample_record(state.step + 1, rows[i], answers[i], verdicts[i],
-                                   advantage[i].item()) for i in group]
+               **gap_metrics(parts, tied_groups(reward, cfg.rollouts))}
+    return metrics, [sample_record(state.step + 1, asked[i], answers[i], verdicts[i],
+                                   advantage[i].item()) for i in range(cfg.rollouts)]
 
 
 # =============================================================================================
@@ -516,19 +518,8 @@ class Policy:
         return self.stop_ids.device
 
     def encode(self, prompt: str) -> list[int]:
-        """A user message as the ids that the model continues, with exactly one BOS.
-
-        Chat templates write it themselves or leave it to the tokenizer; some models have none.
-        """
-        text = prompt + "\n"
-        if self.tokenizer.chat_template is not None:
-            text = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False,
-                add_generation_prompt=True, enable_thinking=False)  # Qwen3: the answer at once
-        ids = self.tokenizer(text, add_special_tokens=False).input_ids
-        own = self.tokenizer("").input_ids[:1]  # what the tokenizer itself begins with
-        missing = own == [self.tokenizer.bos_token_id] and ids[:1] != own
-        return own + ids if missing else ids
+        """A user message as the ids that the model continues."""
+        return prompt_ids(self.tokenizer, prompt)
 
     def decode(self, batch: Batch) -> list[str]:
         """Completions as text, for the verifier and for people; training keeps the ids."""
@@ -597,8 +588,8 @@ def draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Gene
         probs, order = full.sort(-1, descending=True)
     probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)  # (B, V)
     uniform = torch.rand(len(probs), 1, generator=generator).to(probs.device)
-    total = probs.cumsum(-1)
-    choice = torch.searchsorted(total, uniform * total[:, -1:], right=True)
+    reached = probs.cumsum(-1)
+    choice = torch.searchsorted(reached, uniform * reached[:, -1:], right=True)
     inside = (probs > 0).sum(-1, keepdim=True)  # rounding must not lead out of the nucleus
     return order.gather(-1, torch.minimum(choice, inside - 1))[:, 0]
 
@@ -632,23 +623,32 @@ class Experience:
 
 @torch.no_grad()
 def ask_reference(policy: Policy, batch: Batch, cfg: Config) -> list[Experience]:
-    """Micro-batches of the rollouts, each with what the reference thinks of them."""
+    """Split the rollouts into micro-batches, and let the reference read each."""
     parts = []
     for index in micro_batches(policy, batch, cfg.micro_tokens):
-        part = batch.rows(index)
-        hidden_ref = completion_hidden(policy, policy.reference, part)
-        parts.append(Experience(part, index, hidden_ref))
+        some = batch.rows(index)
+        parts.append(Experience(some, index, completion_hidden(policy, policy.reference, some)))
     return parts
 
 
+def has_teacher(cfg: Config) -> bool:
+    """Does anybody hint at tokens?"""
+    return cfg.teacher != "none" and cfg.teacher_coef > 0
+
+
 @torch.no_grad()
-def ask_teacher(policy: Policy, part: Experience, examples: list, cfg: Config) -> Tensor:
-    """log T(a_t|s_t, hint) of the student's very ids, behind the privileged prompt: (b, T)."""
+def ask_teacher(policy: Policy, part: Experience, asked: list, cfg: Config) -> Tensor:
+    """log T(a_t|s_t, hint) of the ids the student sampled, behind the privileged prompt: (b, T)."""
     teacher, role = policy.teacher
-    hints = [teacher.encode(tasks.privileged_prompt(examples[i])) for i in part.index.tolist()]
-    hinted = replace(part.batch, contexts=hints)
-    return on_tokens(teacher, token_logps, cfg.temperature, hinted,
-                     completion_hidden(teacher, role, hinted))
+    prompts = [tasks.privileged_prompt(asked[i]) for i in part.index.tolist()]
+    hinted = replace(part.batch, contexts=[teacher.encode(prompt) for prompt in prompts])
+    return log_probs(teacher, role, hinted, cfg.temperature)
+
+
+def log_probs(policy: Policy, role: tuple[str, ...], batch: Batch, temperature: float) -> Tensor:
+    """log pi(a_t|s_t) of the batch's tokens under a role: (B, T), with gradient."""
+    hidden = completion_hidden(policy, role, batch)
+    return on_tokens(policy, token_logps, temperature, batch, hidden)
 
 
 def completion_hidden(policy: Policy, role: tuple[str, ...], batch: Batch) -> Tensor:
@@ -714,6 +714,12 @@ def teacher_gap(logp_teacher: Tensor | None, logp_old: Tensor, clip: float) -> T
     return (logp_teacher - logp_old).clamp(-clip, clip).detach()  # Eq. 3
 
 
+def fix_gap(part: Experience, logp_old: Tensor, cfg: Config) -> None:
+    """Before the first update the student is pi_old: hold its log-probs, and the gap to them."""
+    part.logp_old = logp_old.detach()
+    part.gap = teacher_gap(part.logp_teacher, part.logp_old, cfg.gap_clip)
+
+
 GATES = {  # advantage (B,) -> gate (B,)
     "sigmoid": torch.sigmoid,  # Eq. 4
     "success": lambda advantage: (advantage > 0).float(),  # hints on successes only (SDPG)
@@ -735,27 +741,21 @@ def dense_advantage(advantage: Tensor, gap: Tensor, cfg: Config) -> Tensor:
 
 def update(policy: Policy, parts: list[Experience], replay: Batch | None, state: State,
            cfg: Config) -> dict[str, float]:
-    """One optimiser step on the whole batch; gradients of the micro-batches add up."""
+    """One optimiser step on the whole batch, however it is split: gradients add up."""
     share = 0.0 if replay is None else cfg.replay_share
     tokens = total(sum(int(part.batch.mask.sum()) for part in parts))
-    sums: dict[str, float] = {}
+    sums: Counter[str] = Counter()
     for part in parts:
         hidden = completion_hidden(policy, policy.student, part.batch)
         terms = on_tokens(policy, token_terms, cfg.temperature, part.batch, hidden,
                           part.hidden_ref)
-        if part.logp_old is None:  # before the first update, the student is pi_old
-            part.logp_old = terms[0].detach()
-            part.gap = teacher_gap(part.logp_teacher, part.logp_old, cfg.gap_clip)
+        if part.logp_old is None:  # no pass of its own: this is the first epoch's
+            fix_gap(part, terms[0], cfg)
         loss, info = vcopd_loss(terms, part, state.kl_coef, tokens, cfg)
         total_loss(loss, 0.0, share).backward()
-        for name, value in info.items():
-            sums[name] = sums.get(name, 0.0) + value.item()
-    replay_tokens = total(int(replay.mask.sum())) if replay else 0
-    for index in micro_batches(policy, replay, cfg.micro_tokens) if replay else []:
-        loss_replay = nll_loss(policy, policy.student, replay.rows(index), cfg.temperature,
-                               replay_tokens)
-        total_loss(0.0, loss_replay, share).backward()
-        sums["replay_loss"] = sums.get("replay_loss", 0.0) + loss_replay.item()
+        sums.update({name: value.item() for name, value in info.items()})
+    if replay is not None:
+        sums["replay_loss"] = replay_gradients(policy, replay, cfg)
     sums = {name: total(value) for name, value in sums.items()}
     return {**sums, "grad_norm": optimizer_step(state.optimizer, cfg)}
 
@@ -780,8 +780,8 @@ def vcopd_loss(terms: Tensor, part: Experience, kl_coef: float, tokens: int,
     entropy_mean = token_mean(entropy, mask, tokens)
     loss = policy_loss + kl_loss - cfg.entropy_coef * entropy_mean  # Eq. 11
     clipped = (objective < ratio * advantage).float()
-    hint = (advantage - part.advantage[:, None]).abs()
-    share = hint / (hint + part.advantage.abs()[:, None]).clamp(min=1e-12)
+    teacher = (advantage - part.advantage[:, None]).abs()
+    share = teacher / (teacher + part.advantage.abs()[:, None]).clamp(min=1e-12)
     return loss, {"policy_loss": policy_loss, "kl": kl_mean, "entropy": entropy_mean,
                   "ratio_clipped": token_mean(clipped, mask, tokens),
                   "teacher_share": token_mean(share, mask, tokens)}
@@ -790,6 +790,9 @@ def vcopd_loss(terms: Tensor, part: Experience, kl_coef: float, tokens: int,
 def token_mean(values: Tensor, mask: Tensor, tokens: int) -> Tensor:
     """Sum over completion tokens, divided by the token count of the whole batch."""
     return torch.where(mask, values, 0).sum() / tokens
+
+
+LEAST_KL_COEF, MOST_KL_COEF = 1e-4, 10.0
 
 
 def adapt_kl_coef(kl_coef: float, kl: float, cfg: Config) -> float:
@@ -801,7 +804,7 @@ def adapt_kl_coef(kl_coef: float, kl: float, cfg: Config) -> float:
     if kl_coef == 0:  # switched off
         return 0.0
     kl_coef = kl_coef * (1.2 if kl > cfg.kl_target else 0.95)  # Eq. 9
-    return min(max(kl_coef, 1e-4), 10.0)
+    return min(max(kl_coef, LEAST_KL_COEF), MOST_KL_COEF)
 
 
 # =============================================================================================
@@ -817,8 +820,7 @@ def refresh_replay(policy: Policy, anchors: list[tasks.Example], seed: int, step
     """
     prompts = [policy.encode(example.prompt) for example in anchors]
     batch = sample(policy, policy.student, prompts, 1, cfg, seeded("replay", seed, step))
-    verdicts = [tasks.verify_skill(*pair) for pair in zip(anchors, policy.decode(batch),
-                                                           strict=True)]
+    verdicts = verify_all(tasks.verify_skill, anchors, policy.decode(batch))
     confidence = mean_logps(policy, batch, cfg)
     by_skill: dict[str, list[int]] = {}  # else the easiest skills would fill the pool
     for i in sorted(range(len(anchors)), key=lambda i: (verdicts[i].reward, confidence[i])):
@@ -831,8 +833,7 @@ def refresh_replay(policy: Policy, anchors: list[tasks.Example], seed: int, step
 def nll_loss(policy: Policy, role: tuple[str, ...], batch: Batch, temperature: float,
              tokens: int) -> Tensor:
     """Negative log-likelihood over `tokens`. differs: no PPO ratio, pi_old is long gone."""
-    hidden = completion_hidden(policy, role, batch)
-    logp = on_tokens(policy, token_logps, temperature, batch, hidden)
+    logp = log_probs(policy, role, batch, temperature)
     return -token_mean(logp, batch.mask, tokens)
 
 
@@ -848,8 +849,24 @@ def total_loss(loss: Tensor | float, loss_replay: Tensor | float, share: float) 
 # #############################################################################################
 
 # =============================================================================================
-# Padding, and randomness without a state
+# Prompts as ids, padding, and randomness without a state
 # =============================================================================================
+
+
+def prompt_ids(tokenizer, prompt: str) -> list[int]:
+    """A user message in the words of the model's chat template, with exactly one BOS token.
+
+    Templates write the BOS themselves, or leave it to the tokenizer; some models have none.
+    """
+    text = prompt + "\n"
+    if tokenizer.chat_template is not None:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True,
+            enable_thinking=False)  # Qwen3: the answer at once
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    own = tokenizer("").input_ids[:1]  # what the tokenizer itself begins with
+    missing = own == [tokenizer.bos_token_id] and ids[:1] != own
+    return own + ids if missing else ids
 
 
 def pad(rows: list[list[int]], value: int, left: bool = False) -> tuple[Tensor, Tensor]:
@@ -863,7 +880,7 @@ def pad(rows: list[list[int]], value: int, left: bool = False) -> tuple[Tensor, 
 
 
 def seeded(*parts) -> torch.Generator:
-    """A generator that depends on nothing but its name: ("rollout", seed, step), say.
+    """A generator that depends on nothing but its name: ("rollouts", seed, step), say.
 
     No generator has a state to save, and an evaluation cannot disturb training.
     """
@@ -951,7 +968,7 @@ def adapter_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
 # The sampler reads each prompt once
 # =============================================================================================
 
-DROP = 0.9  # finished rows leave when no more than this share goes on: to copy the cache is slow
+DROP = 0.9  # finished rows leave when a tenth has finished: each time the cache is copied
 
 
 def read_prompts(policy: Policy, prompts: list[list[int]], k: int, room: int) -> tuple:
@@ -1023,27 +1040,26 @@ def one_row_per_prompt(policy: Policy, batch: Batch) -> tuple[Tensor | None, ...
     Rows of the batch with the same context share one. Padding stands on the right of a causal
     model, so no real token sees it.
     """
-    answers, groups = batch.answers(), packs(batch, policy.pack)
-    rows = [side_by_side(batch.contexts[group[0]], [answers[i] for i in group])
-            for group in groups]
-    ids, positions, owners = (pad([row[part] for row in rows], value)[0].to(policy.device)
-                              for part, value in ((0, policy.pad_id), (1, 0), (2, -1)))
-    alone = len(groups) == len(answers)
-    mask = None if alone else apart(owners, policy.model.dtype)  # None is causal
+    answers, packed = batch.answers(), packs(batch, policy.pack)
+    rows = [side_by_side(batch.contexts[pack[0]], [answers[i] for i in pack]) for pack in packed]
+    ids, positions, owners = (pad([row[column] for row in rows], value)[0].to(policy.device)
+                              for column, value in ((0, policy.pad_id), (1, 0), (2, -1)))
+    alone = len(packed) == len(answers)
+    mask = None if alone else answer_mask(owners, policy.model.dtype)  # None is causal
     places = [i * ids.shape[1] + place for i, row in enumerate(rows) for place in row[3]]
     return ids, positions, mask, torch.tensor(places, device=policy.device)
 
 
 def packs(batch: Batch, most: int) -> list[list[int]]:
-    """Neighbouring rows with the same context, in groups that fit `most` tokens side by side."""
-    groups, used = [], 0
+    """Row numbers: neighbours with the same context together, as far as `most` tokens reach."""
+    found, used = [], 0
     for i, length in enumerate(batch.mask.sum(1).tolist()):
         used += length
         if i == 0 or batch.contexts[i] != batch.contexts[i - 1] or used > most:
-            groups.append([])
+            found.append([])
             used = len(batch.contexts[i]) + length
-        groups[-1].append(i)
-    return groups
+        found[-1].append(i)
+    return found
 
 
 def side_by_side(context: list[int], answers: list[list[int]]) -> tuple[list[int], ...]:
@@ -1062,12 +1078,11 @@ def side_by_side(context: list[int], answers: list[list[int]]) -> tuple[list[int
     return ids, positions, owners, predictors
 
 
-def apart(owners: Tensor, dtype: torch.dtype) -> Tensor:
+def answer_mask(owners: Tensor, dtype: torch.dtype) -> Tensor:
     """The attention mask (b, 1, L, L) under which an answer sees the prompt and itself."""
     seen = (owners[:, :, None] == owners[:, None, :]) | (owners[:, None, :] == 0)
-    hidden = torch.finfo(dtype).min
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(
-        ~seen.tril(), hidden)[:, None]
+    nothing = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return nothing.masked_fill(~seen.tril(), torch.finfo(dtype).min)[:, None]
 
 
 # =============================================================================================
@@ -1076,7 +1091,7 @@ def apart(owners: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def micro_batches(policy: Policy, batch: Batch, most: int) -> list[Tensor]:
-    """Row numbers in groups of similar length, each at `most` so many tokens when padded."""
+    """Row numbers, together where lengths are alike: about `most` tokens each, with padding."""
     lengths = batch.mask.sum(1).tolist()
     sized = [(len(batch.contexts[pack[0]]) + sum(lengths[i] for i in pack), pack)
              for pack in packs(batch, min(policy.pack, most))]
@@ -1089,13 +1104,13 @@ def micro_batches(policy: Policy, batch: Batch, most: int) -> list[Tensor]:
     return [torch.tensor([i for pack in members for i in pack]) for members in [*parts, members]]
 
 
-LOGITS = 2**22  # that exist at one time
+LOGITS = 2**22  # held at one time, so that (B, T, V) never exists
 
 
 def on_tokens(policy: Policy, terms, temperature: float, batch: Batch, *hidden: Tensor) -> Tensor:
     """Apply `terms(model, temperature, ids, *hidden)` to the N unmasked tokens: -> (..., B, T).
 
-    Some at a time, and again in the backward pass: no (B, T, V) tensor ever exists. Padding is 0.
+    Some tokens at a time, and once more in the backward pass. Padding is 0.
     """
     size = max(1, LOGITS // policy.model.config.vocab_size)
     chunks = [checkpoint(terms, policy.model, temperature, *chunk, use_reentrant=False)
@@ -1111,15 +1126,25 @@ def on_tokens(policy: Policy, terms, temperature: float, batch: Batch, *hidden: 
 # =============================================================================================
 
 
-def draw_replay(state: State, rows: int, epoch: int, cfg: Config) -> Batch | None:
-    """As many kept samples as make `replay_share` of the batch."""
+def draw_replay(state: State, rollouts: int, epoch: int, cfg: Config) -> Batch | None:
+    """As many kept samples as make `replay_share` of the rows. Eq. 12 weighs them anyhow."""
     if state.replay is None:
         return None
-    rows = rows * world()
-    count = max(world(), round(rows * cfg.replay_share / (1 - cfg.replay_share)))
+    new = rollouts * world()
+    count = max(world(), round(new * cfg.replay_share / (1 - cfg.replay_share)))
     generator = seeded("mix", cfg.seed, state.step, epoch)
     return state.replay.rows(mine(torch.randint(len(state.replay.contexts), (count,),
                                                 generator=generator)))
+
+
+def replay_gradients(policy: Policy, replay: Batch, cfg: Config) -> float:
+    """Add up the gradients of the replay term of Eq. 12; returns its loss."""
+    tokens, value = total(int(replay.mask.sum())), 0.0
+    for index in micro_batches(policy, replay, cfg.micro_tokens):
+        loss = nll_loss(policy, policy.student, replay.rows(index), cfg.temperature, tokens)
+        total_loss(0.0, loss, cfg.replay_share).backward()
+        value += loss.item()
+    return value
 
 
 @torch.no_grad()
@@ -1127,10 +1152,9 @@ def mean_logps(policy: Policy, batch: Batch, cfg: Config) -> list[float]:
     """The student's self-confidence in each row: its mean log-prob of a token."""
     confidence = [0.0] * len(batch.mask)
     for index in micro_batches(policy, batch, cfg.micro_tokens):
-        part = batch.rows(index)
-        hidden = completion_hidden(policy, policy.student, part)
-        logp = on_tokens(policy, token_logps, cfg.temperature, part, hidden)  # (b, T)
-        for row, value in zip(index.tolist(), logp.sum(1) / part.mask.sum(1), strict=True):
+        some = batch.rows(index)
+        logp = log_probs(policy, policy.student, some, cfg.temperature)  # (b, T)
+        for row, value in zip(index.tolist(), logp.sum(1) / some.mask.sum(1), strict=True):
             confidence[row] = value.item()
     return confidence
 
@@ -1171,7 +1195,7 @@ def rollout_metrics(batch: Batch, verdicts: list[tasks.Verdict], policy: Policy)
                                            for v in verdicts).items()))}
 
 
-def hint_metrics(parts: list[Experience], tied: Tensor) -> dict[str, float]:
+def gap_metrics(parts: list[Experience], tied: Tensor) -> dict[str, float]:
     """Where the teacher spoke: mean |D| in tied groups, where only hints teach, and in others."""
     sums = {"gap_tied": 0.0, "gap_untied": 0.0}
     counts = dict.fromkeys(sums, 0)
@@ -1197,7 +1221,7 @@ def sample_record(step: int, example: tasks.Example, answer: str, verdict: tasks
 # =============================================================================================
 
 
-def reference_batch(policy: Policy, examples: list[tasks.Example]) -> Batch:
+def solution_batch(policy: Policy, examples: list[tasks.Example]) -> Batch:
     """Reference answers, each ending in the stop token, as a batch to imitate."""
     answers = [[*policy.tokenizer(e.reference, add_special_tokens=False).input_ids,
                 int(policy.stop_ids[0])] for e in examples]
@@ -1219,7 +1243,7 @@ def imitate(policy: Policy, role: tuple[str, ...], batch: Batch, tokens: int,
 def sft_step(policy: Policy, task: tasks.Task, examples: list, state: State,
              cfg: Config) -> tuple[dict, list[dict]]:
     """The SFT baseline: as many optimiser steps on the same prompts, towards the references."""
-    batch = reference_batch(policy, examples)
+    batch = solution_batch(policy, examples)
     tokens = total(int(batch.mask.sum()))
     for _ in range(cfg.epochs):
         nll = imitate(policy, policy.student, batch, tokens, cfg.micro_tokens)
@@ -1440,7 +1464,7 @@ def load_policy(cfg: Config, task: tasks.Task) -> Policy:
         load_adapter(policy.model, "start", Path(name))
         policy.reference = ("start",)
     add_adapter(policy.model, "policy", cfg.lora_rank, cfg.lora_alpha, cfg.seed)
-    if cfg.teacher not in ("self", "none") and cfg.teacher_coef > 0 and not cfg.eval_only:
+    if cfg.teacher != "self" and has_teacher(cfg) and not cfg.eval_only:
         load_teacher(policy, cfg)
     return policy
 
@@ -1594,13 +1618,14 @@ def free_memory(device: torch.device) -> float:
 def check_memory(plan: nn.Module, dtype: torch.dtype, device: torch.device, cfg: Config) -> None:
     """Print the estimate, if it is worth a line. Raise RunError if it clearly exceeds."""
     needed, free = memory_needed(plan, dtype, cfg), free_memory(device)
-    total = sum(needed.values())
+    wanted = sum(needed.values())
     shown = ", ".join(f"{what} {size / 2**30:.1f}" for what, size in needed.items())
-    if total > 2**30:
+    if wanted > 2**30:
         print(f"memory in GB, at most: {shown}; free {free / 2**30:.1f}", flush=True)
-    if needed["weights"] + needed["adapters and optimiser"] > free or total > 2 * free:
-        raise RunError(f"this needs {total / 2**30:.1f} GB ({shown}) and {free / 2**30:.1f} GB are "
-                       "free: lower --micro-tokens, try --quantize nf4, or take a smaller model")
+    if needed["weights"] + needed["adapters and optimiser"] > free or wanted > 2 * free:
+        raise RunError(f"this needs {wanted / 2**30:.1f} GB ({shown}) and {free / 2**30:.1f} GB "
+                       "are free: lower --micro-tokens, try --quantize nf4, or take a smaller "
+                       "model")
 
 
 def stop_tokens(tokenizer, generation_config) -> list[int]:
@@ -1816,12 +1841,12 @@ def movement(policy: Policy, p: tuple[str, ...], q: tuple[str, ...], batches: li
 
     `batches` are samples of p at temperature 1, so the states are those that p visits.
     """
-    total, tokens = torch.zeros(2), sum(int(batch.mask.sum()) for batch in batches)
+    sums, tokens = torch.zeros(2), sum(int(batch.mask.sum()) for batch in batches)
     for part in (b.rows(i) for b in batches for i in micro_batches(policy, b, cfg.micro_tokens)):
         hidden = [completion_hidden(policy, role, part) for role in (p, q)]
         terms = on_tokens(policy, token_terms, 1.0, part, *hidden)
-        total += terms[1:].sum((1, 2)).cpu()
-    kl, entropy = (total / tokens).tolist()
+        sums += terms[1:].sum((1, 2)).cpu()
+    kl, entropy = (sums / tokens).tolist()
     return kl, entropy
 
 
@@ -2126,7 +2151,7 @@ def train_format(policy: Policy, task: tasks.Task, cfg: Config) -> None:
     order = torch.randperm(len(examples), generator=seeded("format", cfg.seed)).tolist()
     last = len(order) - world() + 1  # every rank needs an example
     for i in progress(range(0, last, cfg.prompts), "Step 1: format"):
-        batch = reference_batch(policy, mine([examples[j] for j in order[i:i + cfg.prompts]]))
+        batch = solution_batch(policy, mine([examples[j] for j in order[i:i + cfg.prompts]]))
         imitate(policy, policy.reference, batch, total(int(batch.mask.sum())), cfg.micro_tokens)
         optimizer_step(optimizer, cfg)
     freeze_format(policy)
@@ -2360,7 +2385,7 @@ def finished(cfg: Config, task: tasks.Task, known: dict) -> dict:
     `known` holds the base's scores, which all runs share. Raises RunError where another run is
     in the folder.
     """
-    out, key = Path(cfg.out), (*task.evals, cfg.rollouts)
+    out, key = Path(cfg.out), (*task.evals, cfg.rollouts, cfg.teacher)
     resuming = (out / "config.json").exists()
     if resuming:
         check_same(out, cfg)
@@ -2595,8 +2620,8 @@ def load_task(cfg: Config) -> tasks.Task:
     if cfg.benchmark:
         own["benchmark"] = tasks.load_benchmark(cfg.benchmark)
     task = replace(tasks.TASKS[cfg.task](), **own)
-    apart = math.ceil(len(task.benchmark) / cfg.eval_problems)  # some of every skill
-    return replace(task, benchmark=task.benchmark[::apart])
+    stride = math.ceil(len(task.benchmark) / cfg.eval_problems)  # some of every skill
+    return replace(task, benchmark=task.benchmark[::stride])
 
 
 def check_same(out: Path, cfg: Config) -> None:
@@ -2756,6 +2781,7 @@ def keep_memory() -> None:
 def main(cfg: Config, resuming: bool) -> int:
     """Run. Exit code 0 also for `not improved`; 2 for what a user can mend; 130 for Ctrl-C."""
     out = Path(cfg.out)
+    tasks.UNSAFE_JUDGE = cfg.unsafe_judge
     keep_memory()
     try:
         join_ranks(cfg)
@@ -2782,8 +2808,10 @@ def main(cfg: Config, resuming: bool) -> int:
         return 2
     if world() > 1:
         dist.destroy_process_group()
-    print(f"\nResults are in {out} after {report['seconds']:.0f} s. Read {out}/samples.jsonl next, "
-          f"or compare: python vcopd.py --task {cfg.task} --compare")
+    unread = cfg.eval_only or cfg.method == "sft"  # no rollouts
+    print(f"\nResults are in {out} after {report['seconds']:.0f} s. "
+          + ("Compare" if unread else f"Read {out}/samples.jsonl next, or compare")
+          + f": python vcopd.py --task {cfg.task} --compare")
     return 0
 
 
