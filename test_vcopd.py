@@ -289,7 +289,9 @@ def test_every_listed_deviation_is_marked_where_it_happens():
     ["--gap-clipp", "1"], ["--temp", "1"], ["--gate", "sometimes"],
     ["--compare", "--ablations"], ["--bench", "--compare"], ["--bench", "--steps", "5"],
     ["--seeds", "2"], ["--compare", "--method", "rl"], ["--compare", "--teacher", "none"],
-    ["--method", "rl", "--teacher-coef", "1"], ["--ratio-clip", "-1"], ["--lr", "nan"]])
+    ["--method", "rl", "--teacher-coef", "1"], ["--ratio-clip", "-1"], ["--lr", "nan"],
+    ["--teacher", "none", "--gate", "none"], ["--teacher-coef", "0", "--gap-clip", "1"],
+    ["--kl-coef", "0", "--kl-target", "1"], ["--replay-share", "0", "--replay-keep", "1"]])
 def test_an_option_that_would_do_nothing_is_refused(arguments, capsys):
     """A mistyped or overruled option that is accepted ruins an experiment without a word."""
     with pytest.raises(SystemExit) as stop:
@@ -3583,6 +3585,17 @@ def test_without_a_filter_nothing_runs_unless_the_user_insists(monkeypatch):
         tasks.run_tests(HONEST, "f", ADDITION)
     monkeypatch.setattr(tasks, "UNSAFE_JUDGE", True)
     assert tasks.run_tests(HONEST, "f", ADDITION) == ""
+
+
+def test_unsafe_judge_on_the_command_line_reaches_the_judge(monkeypatch, tmp_path):
+    """The remedy that the error names must work."""
+    monkeypatch.setattr(tasks, "UNSAFE_JUDGE", False)
+    seen = []
+    monkeypatch.setattr(vcopd, "run", lambda *_: seen.append(tasks.UNSAFE_JUDGE) or {"seconds": 0})
+    for said in ([], ["--unsafe-judge"]):
+        cfg, _ = vcopd.read_config(["--task", "arithmetic", "--out", str(tmp_path), *said])
+        assert vcopd.main(cfg, False) == 0
+    assert seen == [False, True]
 
 
 def test_unsendable_test_data_is_the_callers_error():

@@ -194,6 +194,11 @@ IDLE = {  # options that have nothing to do in a method, and are refused there
             "temperature", "top_p", "replay_every", "replay_keep"),
 }
 
+OFF = {  # what does nothing where the option before it is 0
+    "teacher_coef": ("teacher", "gate", "gap_clip"), "kl_coef": ("kl_target",),
+    "replay_share": ("replay_every", "replay_keep"),
+}
+
 EVAL_ONLY = ("eval_only", "task", "model", "eval_data", "benchmark", "out", "device", "dtype",
              "quantize", "rollouts", "max_new_tokens", "eval_problems", "unsafe_judge")
 
@@ -359,7 +364,11 @@ def check_use(said: dict, cfg: Config) -> None:
     if cfg.task != "codeedit" and (cfg.data or cfg.eval_data):
         usage_error("--data and --eval-data hold code edits: leave them out with --task "
                     f"{cfg.task}")
-    idle = {name: f"with --method {cfg.method}" for name in IDLE[cfg.method]}
+    idle = {name: f"with {option(switch)} 0" for switch, names in OFF.items()
+            if getattr(cfg, switch) == 0 for name in names}
+    if cfg.teacher == "none":
+        idle |= dict.fromkeys(("teacher_coef", "gate", "gap_clip"), "with --teacher none")
+    idle |= {name: f"with --method {cfg.method}" for name in IDLE[cfg.method]}
     if cfg.compare or cfg.ablations:
         idle |= dict.fromkeys(("method", "merge"), f"with --{modes[0]}")
     else:
