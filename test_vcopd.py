@@ -288,6 +288,10 @@ def test_every_listed_deviation_is_marked_where_it_happens():
 @pytest.mark.parametrize("arguments", [
     ["--gap-clipp", "1"], ["--temp", "1"], ["--gate", "sometimes"],
     ["--compare", "--ablations"], ["--bench", "--compare"], ["--bench", "--steps", "5"],
+    ["--inspect", "--bench"], ["--inspect", "--compare"], ["--inspect", "--ablations"],
+    ["--inspect", "--eval-only"], ["--inspect", "--lr", "0.1"], ["--inspect", "--out", "x"],
+    ["--inspect", "--teacher", "none"], ["--inspect", "--teacher-coef", "0"],
+    ["--inspect", "--method", "rl"], ["--inspect", "--method", "sft"],
     ["--seeds", "2"], ["--compare", "--method", "rl"], ["--compare", "--teacher", "none"],
     ["--method", "rl", "--teacher-coef", "1"], ["--ratio-clip", "-1"], ["--lr", "nan"],
     ["--teacher", "none", "--gate", "none"], ["--teacher-coef", "0", "--gap-clip", "1"],
@@ -2423,6 +2427,153 @@ def test_every_ablation_changes_one_choice():
             arguments = [vcopd.option(option), str(value)]
             assert getattr(vcopd.read_config(arguments)[0], option) == value
             assert getattr(vcopd.Config(), option) != value
+
+
+# =============================================================================================
+# --inspect
+# =============================================================================================
+
+
+def first_pass(policy: vcopd.Policy, task, cfg: vcopd.Config, monkeypatch) -> dict[int, list]:
+    """What the loss of a real training step is given, by rollout: a row of numbers a token."""
+    found, loss = {}, vcopd.vcopd_loss
+
+    def spy(terms, part, *more):
+        reference = scored(policy, policy.reference, part.batch, cfg.temperature)
+        dense = vcopd.dense_advantage(part.advantage, part.gap, cfg)
+        rows = torch.stack([part.logp_old, part.logp_teacher, reference,
+                            part.logp_teacher - part.logp_old, part.gap, dense], -1)
+        for i, row, mask in zip(part.index.tolist(), rows, part.batch.mask, strict=True):
+            found.setdefault(i, row[mask].tolist())  # of the first epoch
+        return loss(terms, part, *more)
+
+    monkeypatch.setattr(vcopd, "vcopd_loss", spy)
+    vcopd.train_step(policy, task, vcopd.examples_at(task, 0, cfg), fresh_state(policy, cfg), cfg)
+    return found
+
+
+@pytest.mark.parametrize("method", [{}, {"gate": "failure", "gap_clip": 0.1},
+                                    {"method": "opd", **vcopd.METHODS["opd"]}])
+def test_inspect_prints_the_numbers_that_a_training_step_uses(method, toy, monkeypatch, capsys):
+    """A page beside the code that went its own way would explain another algorithm."""
+    cfg = replace(TOY, lr=0.0, micro_tokens=40, **method)
+    policy = tiny_policy(moved=0.3)
+    groups = vcopd.credited(policy, toy, vcopd.examples_at(toy, 0, cfg), cfg)
+    for group in groups:
+        for rollout in group:
+            vcopd.print_rollout(rollout)
+    printed = [[float(number) for number in line[20:].split()]
+               for line in capsys.readouterr().out.splitlines() if line.startswith(("'", '"', "("))]
+    used = first_pass(policy, toy, cfg, monkeypatch)
+    expected = [row for i in range(16) for row in used[i] if abs(row[3]) >= vcopd.FAINT]
+    assert len(expected) > 40
+    for numbers, (*known, gap, clipped, dense) in zip(printed, expected, strict=True):
+        cut = [clipped] if clipped != gap else []  # the column is empty where nothing is cut
+        assert numbers == pytest.approx([*known, gap, *cut, dense], abs=0.006)
+
+
+def inspected(base: Path, *more: str) -> list[str]:
+    """A command line that inspects four rollouts."""
+    return ["--task", "arithmetic", "--model", str(base), "--inspect", "--prompts", "2",
+            "--rollouts", "2", "--max-new-tokens", "6", *more]
+
+
+def test_inspect_trains_nothing_and_writes_nothing(small, base, tmp_path, monkeypatch, capsys):
+    """To look must be safe, beside a run and in any folder; a pipe gets no colours."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(vcopd, "optimizer_step", None)
+    assert run(inspected(base)) == 0
+    printed = capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+    assert "\x1b" not in printed
+    assert [line.split()[0] for line in printed.splitlines()[-3:]] == ["passed", "failed", "all"]
+
+
+def test_on_a_terminal_colours_show_the_hint_and_bold_the_clip(
+        small, base, monkeypatch, capsys):
+    """Green pushes up, red down; without the codes it is what a pipe gets."""
+    assert run(inspected(base, "--gap-clip", "0.02")) == 0
+    plain = capsys.readouterr().out
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert run(inspected(base, "--gap-clip", "0.02")) == 0
+    coloured = capsys.readouterr().out
+    assert re.sub(r"\x1b\[[\d;]*m", "", coloured) == plain
+    lines = re.findall(r"\x1b\[(1;)?(\d+)m(.{48}) *([-+]\S+) +(.*)\x1b\[0m", coloured)
+    assert len(lines) == coloured.count("\x1b[0m") > 5
+    for bold, colour, _, gap, rest in lines:
+        assert colour == ("32" if gap[0] == "+" else "31")
+        assert bool(bold) == (len(rest.split()) == 2)  # D clipped, A_dense
+
+
+def test_tokens_without_a_hint_are_counted_on_one_line(capsys):
+    """A person reads the three tokens that matter, not a hundred that do not."""
+    gap = torch.tensor([0.0, 0.009, 0.3, -0.009])
+    rollout = answered("a b", True, ["a", " ", "b", ""], gap)
+    vcopd.print_rollout(rollout)
+    *_, first, hinted, last = capsys.readouterr().out.splitlines()
+    assert first == "… 2 tokens without a hint, up to 'a '"
+    assert hinted.startswith("'b' ") and "+0.30" in hinted
+    assert last == "… 1 token without a hint, up to ''"
+
+
+def answered(answer: str, passed: bool, texts: list[str], gap=None,
+             buggy: str = "return a + b") -> vcopd.Rollout:
+    """An answer where `return a - b` is right."""
+    example = tasks.Example("x", "Repair", "return a - b", "", buggy=buggy)
+    gap = torch.zeros(len(texts)) if gap is None else gap
+    columns = torch.stack([gap] * 4 + [gap.clamp(-0.5, 0.5), gap])
+    return vcopd.Rollout(example, answer, tasks.Verdict(1.0, passed, True, "ok", {}), 0.0, 0.5,
+                         texts, columns)
+
+
+@pytest.mark.parametrize("texts, passed, expected", [
+    (["return", " a", " -", " b", ""], True, [" -"]),  # the repair
+    (["return", " a", " +", " b", ""], False, [" +"]),  # the bug, left as it was
+    (["return", " a", " *", " b", ""], False, [" *"]),  # a wrong repair
+    (["return", " x", " -", " b", ""], True, [" -"]),  # a new name that changes no verdict
+    (["return", " a", " -", " c", ""], False, [" -", " c"]),  # a new bug
+    (["ret", "urn", " a -", " b", ""], True, [" a -"]),  # tokens cut the text as they like
+    (["return", " a", ""], False, [""])])  # it stops too early
+def test_what_is_at_stake_is_what_the_verdict_turns_on(texts, passed, expected):
+    """What a passed answer writes otherwise than the reference is style; what made one fail, no."""
+    rollout = answered("".join(texts), passed, texts)
+    marks = vcopd.at_stake(rollout, vcopd.contested([rollout]))
+    assert [text for text, mark in zip(texts, marks, strict=True) if mark] == expected
+
+
+def test_without_a_buggy_program_failed_answers_show_what_is_at_stake():
+    """Sums have no program to repair: the places are where an answer of the group went wrong."""
+    right = answered("return a - b", True, ["return", " a", " -", " b", ""], buggy="")
+    wrong = answered("return a / b", False, ["return", " a", " /", " b", ""], buggy="")
+    assert vcopd.contested([right, right]) == set()
+    places = vcopd.contested([right, wrong])
+    assert vcopd.at_stake(right, places).tolist() == [False, False, True, False, False]
+
+
+def test_the_shares_of_style_are_those_on_paper(capsys):
+    """|D| is 3 at the repair and 0.5 + 0.5 elsewhere: style has a quarter, clipped two thirds."""
+    gap = torch.tensor([0.0, 0.5, 3.0, -0.5, 0.0])
+    told = answered("return a - b", True, ["return", " a", " -", " b", ""], gap)
+    untold = answered("return a - b", True, ["return", " a", " -", " b", ""], gap, buggy="")
+    vcopd.print_stakes([[told], [untold]], vcopd.Config())  # nothing is known of the second
+    passed, failed, every = (line.split() for line in capsys.readouterr().out.splitlines()[-3:])
+    assert passed == ["passed", "1", "5", "1", "80.0%", "25.0%", "66.7%"]
+    assert failed == ["failed", "0", "0", "0", "0.0%", "0.0%", "0.0%"]
+    assert every[1:] == passed[1:]
+
+
+def test_an_adapter_is_inspected_as_the_student_of_its_base(small, base, tmp_path, monkeypatch):
+    """As the reference it would be its own teacher, and the column of the base would be lost."""
+    trained = moved_policy(config(str(base)))
+    vcopd.export_adapter(tmp_path / "adapter", trained)
+    seen = []
+    monkeypatch.setattr(vcopd, "credited", lambda policy, *_: seen.append(policy) or [])
+    assert run(inspected(tmp_path / "adapter")) == 0
+    [policy] = seen
+    torch.testing.assert_close(logits_of(policy, policy.student),
+                               logits_of(trained, trained.student), atol=1e-4, rtol=1e-4)
+    for role in (policy.reference, policy.teacher[1]):
+        assert torch.equal(logits_of(policy, role), logits_of(trained, vcopd.BASE))
 
 
 # =============================================================================================

@@ -77,6 +77,7 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -87,7 +88,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
-from itertools import takewhile
+from itertools import accumulate, groupby, pairwise, takewhile
 from pathlib import Path
 
 import tasks
@@ -205,6 +206,10 @@ EVAL_ONLY = ("eval_only", "task", "model", "eval_data", "benchmark", "out", "dev
 BENCH_IDLE = ("steps", "out", "merge", "eval_data", "benchmark", "eval_every", "save_every",
               "eval_problems", "kl_budget", "format_threshold", "format_examples", "format_lr",
               "format_rank")
+
+INSPECT_IDLE = (*BENCH_IDLE, "lora_rank", "lora_alpha", "lr", "epochs", "ratio_clip", "kl_coef",
+                "kl_target", "entropy_coef", "max_grad_norm", "replay_share", "replay_every",
+                "replay_keep")
 
 TINY = {  # the built-in model has 1 M parameters: what differs from the essay's defaults, and why
     "steps": 48,  # under two minutes on 2 cores, and enough
@@ -358,9 +363,13 @@ def kind_of(cfg: Config) -> str:
 
 def check_use(said: dict, cfg: Config) -> None:
     """Refuse options that would do nothing beside the others."""
-    modes = [mode for mode in ("bench", "compare", "ablations") if getattr(cfg, mode)]
+    commands = ("bench", "inspect", "compare", "ablations", "eval_only")
+    modes = [option(command) for command in commands if getattr(cfg, command)]
     if len(modes) > 1:
-        usage_error(f"--{modes[0]} and --{modes[1]} are two commands: give one of them")
+        usage_error(f"{modes[0]} and {modes[1]} are two commands: give one of them")
+    if cfg.inspect and (cfg.teacher == "none" or cfg.teacher_coef == 0):
+        usage_error("--inspect shows the hints of a teacher: leave out --teacher none, "
+                    "--teacher-coef 0 and methods without a teacher")
     if cfg.task != "codeedit" and (cfg.data or cfg.eval_data):
         usage_error("--data and --eval-data hold code edits: leave them out with --task "
                     f"{cfg.task}")
@@ -370,11 +379,13 @@ def check_use(said: dict, cfg: Config) -> None:
         idle |= dict.fromkeys(("teacher_coef", "gate", "gap_clip"), "with --teacher none")
     idle |= {name: f"with --method {cfg.method}" for name in IDLE[cfg.method]}
     if cfg.compare or cfg.ablations:
-        idle |= dict.fromkeys(("method", "merge"), f"with --{modes[0]}")
+        idle |= dict.fromkeys(("method", "merge"), f"with {modes[0]}")
     else:
         idle["seeds"] = "without --compare or --ablations"
     if cfg.bench:
         idle |= dict.fromkeys(BENCH_IDLE, "with --bench")
+    if cfg.inspect:
+        idle |= dict.fromkeys(INSPECT_IDLE, "with --inspect")
     if cfg.eval_only:
         idle |= dict.fromkeys(said.keys() - set(EVAL_ONLY), "with --eval-only")
     for name in said:
@@ -2532,6 +2543,191 @@ def spread(values: list[float | None]) -> str:
 
 
 # =============================================================================================
+# --inspect: what a step would credit, token by token
+# =============================================================================================
+
+FAINT = 0.01  # nats: a smaller gap is no hint
+LEGEND = """
+A token a line: its log-prob for the student, for the teacher, who reads the hint, and for the
+reference; D = teacher - student, and what the clip leaves of it where that is less; the advantage
+that a step would give the token. Green: the hint pushes it up. Red: down. Bold: D is clipped."""
+STAKES = """
+The essay clips because the largest gaps are often on style, on which no verdict turns. So it is
+here if style holds most of |D|, and the clip helps if style holds less of what it leaves. Style is
+all but the places where a failed answer to the prompt, or the buggy program, departs from the
+reference. The fair test is the answers that passed: a teacher who knows the reference must dislike
+what departs from it.
+
+        answers  tokens  over the clip   on style: tokens    |D|  clipped"""
+
+
+@dataclass
+class Rollout:
+    """One answer, and all that a step holds of its T tokens."""
+
+    example: tasks.Example
+    answer: str
+    verdict: tasks.Verdict
+    advantage: float
+    gate: float
+    texts: list[str]
+    columns: Tensor  # (6, T), of `token_columns`
+
+
+def inspect(cfg: Config) -> None:
+    """Print what the first step of a run would credit, and where hints gather; train nothing.
+
+    An adapter given as --model is the student here, and the model under it the reference.
+    """
+    task = load_task(cfg)
+    policy = load_policy(cfg, task)
+    if is_adapter(cfg.model):
+        load_adapter(policy.model, "policy", Path(cfg.model))
+        policy.reference = BASE
+    print_environment(environment(policy))
+    groups = credited(policy, task, examples_at(task, 0, cfg), cfg)
+    print(LEGEND)
+    for rollout in telling(groups):
+        print_rollout(rollout)
+    print_stakes(groups, cfg)
+
+
+@torch.no_grad()
+def credited(policy: Policy, task: tasks.Task, examples: list, cfg: Config) -> list[list[Rollout]]:
+    """K rollouts of each example, and what `train_step` finds out about them before it learns."""
+    prompts = [policy.encode(example.prompt) for example in examples]
+    generator = seeded("rollouts", cfg.seed, 0)
+    batch = sample(policy, policy.student, prompts, cfg.rollouts, cfg, generator)
+    rows = [example for example in examples for _ in range(cfg.rollouts)]
+    answers = policy.decode(batch)
+    verdicts = verify_all(task.verify, rows, answers)
+    reward = torch.tensor([float(v.reward) for v in verdicts], device=policy.device)
+    advantage = group_advantage(reward, cfg.rollouts)
+    if cfg.method == "opd":  # blind distillation looks at no verdict
+        advantage = torch.zeros_like(advantage)
+    gate, found = GATES[cfg.gate](advantage), {}
+    for part in ask_reference(policy, batch, cfg):
+        part.advantage = advantage[part.index.to(advantage.device)]
+        part.logp_teacher = ask_teacher(policy, part, rows, cfg)
+        columns = token_columns(policy, part, cfg)
+        for i, ids, values in zip(part.index.tolist(), part.batch.answers(), columns, strict=True):
+            found[i] = Rollout(rows[i], answers[i], verdicts[i], advantage[i].item(),
+                               gate[i].item(), token_texts(policy, ids), values[:, :len(ids)])
+    return [[found[i + k] for k in range(cfg.rollouts)]
+            for i in range(0, len(rows), cfg.rollouts)]
+
+
+def token_columns(policy: Policy, part: Experience, cfg: Config) -> Tensor:
+    """Log-probs of student, teacher, reference; D as it is and clipped; A_dense: (b, 6, T)."""
+    student, reference = (
+        on_tokens(policy, token_logps, cfg.temperature, part.batch, hidden)
+        for hidden in (completion_hidden(policy, policy.student, part.batch), part.hidden_ref))
+    gap, clipped = (teacher_gap(part.logp_teacher, student, clip) for clip in (INF, cfg.gap_clip))
+    dense = dense_advantage(part.advantage, clipped, cfg)
+    return torch.stack([student, part.logp_teacher, reference, gap, clipped, dense], 1).cpu()
+
+
+def token_texts(policy: Policy, ids: list[int]) -> list[str]:
+    """What each token adds to the text: alone, some tokenizers write it otherwise."""
+    begun = policy.tokenizer.batch_decode([ids[:n] for n in range(len(ids) + 1)],
+                                          skip_special_tokens=True,
+                                          clean_up_tokenization_spaces=False)
+    return [text[len(before):] for before, text in pairwise(begun)]
+
+
+def telling(groups: list[list[Rollout]]) -> list[Rollout]:
+    """The best and the worst answer to one prompt; of tied groups, the answer with most hints."""
+    untied = [group for group in groups if len({r.verdict.reward for r in group}) > 1]
+    tied = [r for group in groups if len({r.verdict.reward for r in group}) == 1 for r in group]
+    ends = [pick(untied[0], key=lambda r: r.verdict.reward) for pick in (max, min) if untied]
+    return ends + sorted(tied, key=lambda r: -r.columns[4].abs().sum().item())[:1]
+
+
+def print_rollout(rollout: Rollout) -> None:
+    """A line for each token with a hint, and one for each stretch of tokens without."""
+    print(f"\n{rollout.example.id}: reward {rollout.verdict.reward:.2f} "
+          f"({rollout.verdict.reason}), A {rollout.advantage:+.2f}, gate {rollout.gate:.2f}\n"
+          f"{'token':20}  student  teacher reference       D  clipped   A_dense")
+    lines = zip(rollout.texts, rollout.columns.T.tolist(), strict=True)
+    for hinted, stretch in groupby(lines, lambda line: abs(line[1][3]) >= FAINT):
+        texts, values = zip(*stretch, strict=True)
+        if hinted:
+            print("\n".join(map(token_line, texts, values)))
+        else:
+            print(f"… {len(texts)} token{'s' * (len(texts) > 1)} without a hint, up to "
+                  f"{''.join(texts)[-20:]!r}")
+
+
+def token_line(text: str, values: list[float]) -> str:
+    """The columns of one token, coloured where a person watches."""
+    student, teacher, reference, gap, clipped, dense = values
+    cut = gap != clipped
+    name = repr(text) if text else "(special token)"
+    line = (f"{name:20}{student:9.2f}{teacher:9.2f}{reference:10.2f}{gap:+8.2f}"
+            f"{f'{clipped:+.2f}' if cut else '':>9}{dense:+10.3f}")
+    if not sys.stdout.isatty():
+        return line
+    return f"\x1b[{'1;' * cut}{32 if gap > 0 else 31}m{line}\x1b[0m"
+
+
+def words(text: str) -> list[str]:
+    """Names and numbers whole, every other character alone."""
+    return re.findall(r"\w+|\W", text)
+
+
+def aligned(one: str, two: str) -> list[tuple[bool, range, range]]:
+    """Stretches of words that two texts share, or have otherwise: then a place in each at least."""
+    codes = difflib.SequenceMatcher(None, words(one), words(two), autojunk=False).get_opcodes()
+    return [(kind == "equal", range(a, max(b, a + 1)), range(c, max(d, c + 1)))
+            for kind, a, b, c, d in codes]
+
+
+def contested(group: list[Rollout]) -> set[int]:
+    """Places of words in the reference that some wrong text has otherwise."""
+    example = group[0].example
+    wrong = [r.answer for r in group if not r.verdict.passed]
+    wrong += [example.buggy] if example.buggy else []
+    return {place for text in wrong for same, _, places in aligned(text, example.reference)
+            for place in places if not same}
+
+
+def at_stake(rollout: Rollout, places: set[int]) -> Tensor:
+    """The tokens (T,) of an answer that stand where the reference has its words at `places`."""
+    staked: set[int] = set()
+    for same, here, there in aligned(rollout.answer, rollout.example.reference):
+        if same:
+            staked |= {i for i, j in zip(here, there, strict=True) if j in places}
+        elif places & set(there):
+            staked |= set(here)
+    owner = [i for i, word in enumerate(words(rollout.answer)) for _ in word]  # of a character
+    owner.append(len(words(rollout.answer)))  # at the end, the stop token writes nothing
+    starts = accumulate(map(len, rollout.texts), initial=0)
+    return torch.tensor([not staked.isdisjoint(owner[start:start + max(1, len(text))])
+                         for start, text in zip(starts, rollout.texts, strict=False)])
+
+
+def tally(rollout: Rollout, places: set[int], cfg: Config) -> Tensor:
+    """Sums (7,): tokens over the clip; tokens, |D| and |D| clipped in all; the same of style."""
+    gap, clipped = rollout.columns[3:5].abs()
+    values = torch.stack([torch.ones_like(gap), gap, clipped])  # (3, T)
+    style = values[:, ~at_stake(rollout, places)]
+    return torch.cat([(gap > cfg.gap_clip).sum()[None], values.sum(1), style.sum(1)])
+
+
+def print_stakes(groups: list[list[Rollout]], cfg: Config) -> None:
+    """How much of |D| lies on style. Groups without a wrong text, which cannot tell, stay out."""
+    counts = [(r.verdict.passed, tally(r, places, cfg))
+              for group in groups if (places := contested(group)) for r in group]
+    print(STAKES)
+    for name, kinds in (("passed", [True]), ("failed", [False]), ("all", [True, False])):
+        chosen = [sums for passed, sums in counts if passed in kinds]
+        over, *sums = sum(chosen, torch.zeros(7)).tolist()
+        shares = [part / (whole or INF) for whole, part in zip(sums[:3], sums[3:], strict=True)]
+        print(f"{name:8}{len(chosen):7}{sums[0]:8.0f}{over:15.0f}"
+              f"{shares[0]:19.1%}{shares[1]:7.1%}{shares[2]:9.1%}")
+
+
+# =============================================================================================
 # --bench: how fast this machine is
 # =============================================================================================
 
@@ -2794,8 +2990,8 @@ def main(cfg: Config, resuming: bool) -> int:
     keep_memory()
     try:
         join_ranks(cfg)
-        if cfg.bench:
-            bench(cfg)
+        if cfg.bench or cfg.inspect:
+            (bench if cfg.bench else inspect)(cfg)
             return 0
         if not resuming and not (cfg.compare or cfg.ablations):
             on_rank_0(check_free, out, cfg)
