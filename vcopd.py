@@ -203,13 +203,18 @@ OFF = {  # what does nothing where the option before it is 0
 EVAL_ONLY = ("eval_only", "task", "model", "eval_data", "benchmark", "out", "device", "dtype",
              "quantize", "rollouts", "max_new_tokens", "eval_problems", "unsafe_judge")
 
-BENCH_IDLE = ("steps", "out", "merge", "eval_data", "benchmark", "eval_every", "save_every",
-              "eval_problems", "kl_budget", "format_threshold", "format_examples", "format_lr",
-              "format_rank")
+NOT_TRAINED = ("steps", "out", "merge", "eval_data", "benchmark", "eval_every", "save_every",
+               "eval_problems", "kl_budget", "format_threshold", "format_examples", "format_lr",
+               "format_rank")
 
-INSPECT_IDLE = (*BENCH_IDLE, "lora_rank", "lora_alpha", "lr", "epochs", "ratio_clip", "kl_coef",
+COMMANDS = {  # that do not train one model, and the options that have nothing to do there
+    "bench": NOT_TRAINED,
+    "inspect": (*NOT_TRAINED, "lora_rank", "lora_alpha", "lr", "epochs", "ratio_clip", "kl_coef",
                 "kl_target", "entropy_coef", "max_grad_norm", "replay_share", "replay_every",
-                "replay_keep")
+                "replay_keep"),
+    "compare": ("method", "merge"),
+    "ablations": ("method", "merge"),
+}
 
 TINY = {  # the built-in model has 1 M parameters: what differs from the essay's defaults, and why
     "steps": 48,  # under two minutes on 2 cores, and enough
@@ -363,10 +368,9 @@ def kind_of(cfg: Config) -> str:
 
 def check_use(said: dict, cfg: Config) -> None:
     """Refuse options that would do nothing beside the others."""
-    commands = ("bench", "inspect", "compare", "ablations", "eval_only")
-    modes = [option(command) for command in commands if getattr(cfg, command)]
+    modes = [name for name in (*COMMANDS, "eval_only") if getattr(cfg, name)]
     if len(modes) > 1:
-        usage_error(f"{modes[0]} and {modes[1]} are two commands: give one of them")
+        usage_error(f"{option(modes[0])} and {option(modes[1])} are two commands: give one")
     if cfg.inspect and (cfg.teacher == "none" or cfg.teacher_coef == 0):
         usage_error("--inspect shows the hints of a teacher: leave out --teacher none, "
                     "--teacher-coef 0 and methods without a teacher")
@@ -378,16 +382,11 @@ def check_use(said: dict, cfg: Config) -> None:
     if cfg.teacher == "none":
         idle |= dict.fromkeys(("teacher_coef", "gate", "gap_clip"), "with --teacher none")
     idle |= {name: f"with --method {cfg.method}" for name in IDLE[cfg.method]}
-    if cfg.compare or cfg.ablations:
-        idle |= dict.fromkeys(("method", "merge"), f"with {modes[0]}")
-    else:
+    if not (cfg.compare or cfg.ablations):
         idle["seeds"] = "without --compare or --ablations"
-    if cfg.bench:
-        idle |= dict.fromkeys(BENCH_IDLE, "with --bench")
-    if cfg.inspect:
-        idle |= dict.fromkeys(INSPECT_IDLE, "with --inspect")
-    if cfg.eval_only:
-        idle |= dict.fromkeys(said.keys() - set(EVAL_ONLY), "with --eval-only")
+    for mode in modes:
+        names = COMMANDS.get(mode, said.keys() - set(EVAL_ONLY))
+        idle |= dict.fromkeys(names, f"with {option(mode)}")
     for name in said:
         if name in idle:
             usage_error(f"{option(name)} does nothing {idle[name]}: leave it out")
@@ -2619,9 +2618,8 @@ def credited(policy: Policy, task: tasks.Task, examples: list, cfg: Config) -> l
 
 def token_columns(policy: Policy, part: Experience, cfg: Config) -> Tensor:
     """Log-probs of student, teacher, reference; D as it is and clipped; A_dense: (b, 6, T)."""
-    student, reference = (
-        on_tokens(policy, token_logps, cfg.temperature, part.batch, hidden)
-        for hidden in (completion_hidden(policy, policy.student, part.batch), part.hidden_ref))
+    student = log_probs(policy, policy.student, part.batch, cfg.temperature)
+    reference = on_tokens(policy, token_logps, cfg.temperature, part.batch, part.hidden_ref)
     gap, clipped = (teacher_gap(part.logp_teacher, student, clip) for clip in (INF, cfg.gap_clip))
     dense = dense_advantage(part.advantage, clipped, cfg)
     return torch.stack([student, part.logp_teacher, reference, gap, clipped, dense], 1).cpu()
