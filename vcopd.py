@@ -34,7 +34,7 @@ reading there.
                         Eq. 9  beta *= 1.2 if KL > target else 0.95             adapt_kl_coef
                         Eq. 10 H = entropy, exact                               token_terms
                         Eq. 11 L = L_policy + L_kl - eta * H                    vcopd_loss
-    Step 6  replay      Eq. 12 L_total = (1 - r) * L + r * L_replay             update
+    Step 6  replay      Eq. 12 L_total = (1 - r) * L + r * L_replay             total_loss
 
 One frozen model plays every role; named LoRA adapters and the prompt decide which one:
 
@@ -983,6 +983,12 @@ def adapter_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
     return [p for layer in layers for p in (layer.lora_A[name], layer.lora_B[name])]
 
 
+def freeze(model: nn.Module, name: str) -> None:
+    """Train this adapter no more."""
+    for parameter in adapter_parameters(model, name):
+        parameter.requires_grad_(False)
+
+
 # =============================================================================================
 # The sampler reads each prompt once
 # =============================================================================================
@@ -1836,8 +1842,7 @@ def load_adapter(model: nn.Module, name: str, folder: Path) -> None:
     if weights:
         raise RunError(f"{folder} adapts {min(weights)}, which is no linear layer of attention or "
                        "MLP here")
-    for parameter in adapter_parameters(model, name):
-        parameter.requires_grad_(False)
+    freeze(model, name)
 
 
 # =============================================================================================
@@ -2099,7 +2104,7 @@ def load_checkpoint(folder: Path, policy: Policy, state: State, cfg: Config) -> 
     try:
         if saved["format"]:
             add_format_adapter(policy, cfg)
-            freeze_format(policy)
+            freeze(policy.model, "format")
         weights = named_adapters(policy.model)
         for name in weights.keys() | saved["adapters"].keys():
             weights[name].data.copy_(saved["adapters"][name])
@@ -2173,13 +2178,7 @@ def train_format(policy: Policy, task: tasks.Task, cfg: Config) -> None:
         batch = solution_batch(policy, mine([examples[j] for j in order[i:i + cfg.prompts]]))
         imitate(policy, policy.reference, batch, total(int(batch.mask.sum())), cfg.micro_tokens)
         optimizer_step(optimizer, cfg)
-    freeze_format(policy)
-
-
-def freeze_format(policy: Policy) -> None:
-    """Step 1 is over: its adapter is part of the reference."""
-    for parameter in adapter_parameters(policy.model, "format"):
-        parameter.requires_grad_(False)
+    freeze(policy.model, "format")
 
 
 def progress(items, what: str):
@@ -2793,10 +2792,13 @@ def bench_learning(policy: Policy, batch: Batch, examples: list, state: State,
         return tokens_in(batch)
 
     parts = timed("reference", "tokens", size, ask_reference, policy, batch, cfg)
-    hints = timed("teacher", "tokens", size, lambda: [ask_teacher(policy, part, rows, cfg)
-                                                      for part in parts])
-    for part, hint in zip(parts, hints, strict=True):
-        part.logp_teacher, part.advantage = hint, torch.zeros_like(hint[:, 0])
+    if has_teacher(cfg):
+        read = timed("teacher", "tokens", size, lambda: [ask_teacher(policy, part, rows, cfg)
+                                                         for part in parts])
+        for part, logp in zip(parts, read, strict=True):
+            part.logp_teacher = logp
+    for part in parts:
+        part.advantage = torch.zeros(len(part.index), device=policy.device)
     timed("update, one epoch", "tokens", size, update, policy, parts, None, state, cfg)
 
 
@@ -2879,7 +2881,10 @@ def start(policy: Policy, task: tasks.Task, state: State, out: Path, cfg: Config
 def format_rate(policy: Policy, task: tasks.Task, cfg: Config) -> float:
     """The share of well-formed answers of the reference."""
     problems = first_split(task.evals)[:cfg.eval_problems]
-    return split_scores(policy, task, policy.reference, problems, cfg)[0]["format"]
+    _, texts = answers_to(policy, policy.reference, [e.prompt for e in problems], cfg.rollouts,
+                          full(cfg))
+    asked = [example for example in problems for _ in range(cfg.rollouts)]
+    return mean(v.formatted for v in verify_all(task.verify, asked, texts))
 
 
 def rewind_folder(out: Path, step: int, cfg: Config) -> None:
