@@ -3004,7 +3004,7 @@ def main(cfg: Config, resuming: bool) -> int:
             return 0
         report = run(cfg, out, resuming, load_task(cfg), {})
     except KeyboardInterrupt:
-        began = (out / "config.json").exists()
+        began = not (cfg.bench or cfg.inspect) and (out / "config.json").exists()
         print("\nInterrupted. To go on: "
               + (f"python vcopd.py --resume {out}" if began else "give the same command again"))
         return 130
