@@ -2577,6 +2577,168 @@ def test_an_adapter_is_inspected_as_the_student_of_its_base(small, base, tmp_pat
 
 
 # =============================================================================================
+# --plot
+# =============================================================================================
+
+
+def plotted(*runs: Path) -> int:
+    """What `python vcopd.py --plot RUNS` does, in this process: its exit code."""
+    return vcopd.plot(vcopd.read_plot(["--plot", *map(str, runs)]))
+
+
+def drawn(*folders: Path) -> dict[str, dict[str, list[tuple]]]:
+    """For each panel, by its title or what lies on x: the points of each name in the legend.
+
+    Dashed lines are under the name and "dashed".
+    """
+    pytest.importorskip("matplotlib")
+    *panels, key = vcopd.figure_of(folders).axes
+    legend = key.get_legend()
+    names = {tuple(handle.get_color()): text.get_text()
+             for handle, text in zip(legend.legend_handles, legend.get_texts(), strict=True)}
+    assert len(names) == len(legend.get_texts())  # no colour twice
+    return {panel.get_title() or panel.get_xlabel(): {
+        names[tuple(line.get_color())] + " dashed" * (line.get_linestyle() == "--"):
+        list(zip(*line.get_data(), strict=True)) for line in panel.lines} for panel in panels}
+
+
+def comparison(folder: Path, methods=("base", "sft", "rl")) -> Path:
+    """A folder with the table of a comparison of two seeds, in which every number is another."""
+    count = itertools.count()
+    columns = {method: [{name: next(count) / 100 for name in (
+        "hard_split pass@1", "hard_split pass@k", "out_of_domain pass@1", "general mean",
+        "kl_to_base")} for _ in range(1 if method == "base" else 2)] for method in methods}
+    folder.mkdir()
+    (folder / "table.json").write_text(json.dumps({"columns": columns}))
+    return folder
+
+
+def test_the_curves_are_the_numbers_of_the_runs(whole, tmp_path):
+    """Line by line what metrics.jsonl holds; SFT has no reward and no KL, so no line there."""
+    folders = [shutil.copytree(kept, tmp_path / name) for name, kept in whole.items()]
+    logs = {folder.name: [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+            for folder in folders}
+    panels = drawn(*folders)
+    columns = ["reward", "pass_rate", "kl", "entropy", "kl_coef"]
+    assert len(panels) == len(columns)
+    for column, (title, lines) in zip(columns, panels.items(), strict=True):
+        assert lines["vcopd"] == [(m["step"], m[column]) for m in logs["vcopd"]]
+        looks = {"vcopd dashed", "sft dashed"} if title.startswith("pass rate") else set()
+        assert lines.keys() == {"vcopd"} | looks
+        for name in looks:
+            assert lines[name] == [(4, logs[name.split()[0]][3]["eval_pass"])]
+
+
+def test_runs_of_one_name_are_told_apart(whole, tmp_path):
+    """vcopd-s0 of two comparisons is what one wants to see side by side; $ begins no formula."""
+    folders = [tmp_path / name / "_run$\\x$" for name in ("old", "new")]
+    for folder, kept in zip(folders, whole.values(), strict=True):
+        shutil.copytree(kept, folder)
+    assert drawn(*folders)["reward"].keys() == {"old/_run$\\x$"}  # the other is SFT
+    assert drawn(folders[0])["reward"].keys() == {"_run$\\x$"}
+    assert plotted(*folders) == 0
+
+
+def test_a_comparison_shows_what_skill_costs(tmp_path):
+    """A point a method and seed, base included: pass@1 of the first split over either cost."""
+    folder = comparison(tmp_path / "all")
+    columns = columns_of(folder)
+    panels = drawn(folder)
+    assert len(panels) == 2
+    for cost, points in zip(("kl_to_base", "general mean"), panels.values(), strict=True):
+        assert points == {method: [(run[cost], run["hard_split pass@1"]) for run in runs]
+                          for method, runs in columns.items()}
+
+
+def test_every_ablation_has_its_own_colour(tmp_path):
+    """There are more of them than colours that are easily told apart; `drawn` counts."""
+    methods = ["base", *vcopd.ABLATIONS, "specialist"]
+    panels = drawn(comparison(tmp_path / "all", methods))
+    assert all(list(points) == methods for points in panels.values())
+
+
+def test_the_picture_is_in_the_first_folder(whole, tmp_path, capsys):
+    """And nothing else is changed; where it cannot be written, a sentence says so."""
+    pytest.importorskip("matplotlib")
+    folders = [shutil.copytree(kept, tmp_path / name) for name, kept in whole.items()]
+    before = [{path.name for path in folder.iterdir()} for folder in folders]
+    assert plotted(*folders) == 0
+    picture = folders[0] / "plot.png"
+    assert str(picture) in capsys.readouterr().out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    after = [{path.name for path in folder.iterdir()} for folder in folders]
+    assert after == [before[0] | {"plot.png"}, before[1]]
+
+    picture.unlink()
+    picture.mkdir()
+    assert plotted(*folders) == 2
+    assert str(picture) in one_error(capsys)
+    assert not picture.with_name("plot.png.new").exists()
+
+
+def test_the_command_draws_and_trains_nothing(tmp_path):
+    """In a real process, which has no screen."""
+    pytest.importorskip("matplotlib")
+    folder = comparison(tmp_path / "all")
+    done = subprocess.run([sys.executable, HERE / "vcopd.py", "--plot", folder], timeout=120,
+                          capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, f"The picture is {folder / 'plot.png'}\n")
+    assert {path.name for path in tmp_path.rglob("*")} == {"all", "table.json", "plot.png"}
+
+
+@pytest.mark.parametrize("more", [["--seed", "1"], ["--resume", "run"], ["--compare"],
+                                  ["--task", "arithmetic"]])
+def test_nothing_else_can_be_asked_beside_a_plot(more, capsys):
+    """A plot has no settings, and no run may be expected of the same command."""
+    for arguments in (["--plot", "run", *more], [*more, "--plot", "run"]):
+        with pytest.raises(SystemExit) as stop:
+            vcopd.read_plot(arguments)
+        assert stop.value.code == 2
+        message = one_error(capsys)
+        assert more[0] in message and "leave it out" in message
+    assert vcopd.read_plot(more) == []
+    assert vcopd.read_plot(["--plot", "a", "b", "--plot", "c"]) == ["a", "b", "c"]
+
+
+def test_without_matplotlib_a_sentence_says_how_to_get_it(whole, monkeypatch, capsys):
+    """It is an extra: nothing else needs it."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert plotted(whole["vcopd"]) == 2
+    assert one_error(capsys) == "vcopd.py: --plot needs matplotlib: pip install matplotlib"
+    assert not (whole["vcopd"] / "plot.png").exists()
+
+
+def test_a_comparison_beside_other_folders_is_refused(whole, tmp_path, capsys):
+    """Its points and the curves of a run have no axis in common."""
+    table = comparison(tmp_path / "all")
+    for folders in ([table, whole["sft"]], [whole["sft"], table], [table, table]):
+        assert plotted(*folders) == 2
+        message = one_error(capsys)
+        assert str(table) in message and "only RUN" in message
+
+
+def test_a_folder_that_cannot_be_drawn_is_one_sentence(done, tmp_path, capsys):
+    """Missing, no folder, or with a file that is cut, empty, or of another kind."""
+    table = comparison(tmp_path / "all")
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path / "empty", tmp_path / "none", table / "table.json"):
+        assert plotted(done, folder) == 2
+        assert str(folder) in one_error(capsys)
+
+    damages = [(done / "metrics.jsonl", text) for text in (
+        "", "{}", '"step"', "3", '{"step": 1, "kl": null}', '{"step": 1, "kl": 1' + "0" * 400 + "}",
+        '{"step": 1, "reward": "high"}', '{"step": 1, "kl"', "[" * 99999)]
+    damages += [(table / "table.json", text) for text in (
+        "", "[]", "{}", '{"columns": []}', '{"columns": {"base": []}}', "[" * 99999,
+        '{"columns": {"base": [{"x pass@1": 1}]}}', '{"columns": {"base": [{"kl_to_base": 1}]}}')]
+    for path, text in damages:
+        path.write_text(text)
+        assert plotted(path.parent) == 2, text[:99]
+        assert str(path.parent) in one_error(capsys)
+        assert not (path.parent / "plot.png").exists()
+
+
+# =============================================================================================
 # Guards
 # =============================================================================================
 

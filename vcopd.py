@@ -279,6 +279,8 @@ def build_parser() -> argparse.ArgumentParser:
             group.add_argument(flag, help=shown, type=kind, choices=meta["choices"],
                                metavar=None if meta["choices"] else meta["kind"].__name__.upper())
     group.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
+    group.add_argument("--plot", metavar="RUN", nargs="+", action="extend",
+                       help="draw the curves of these runs, or one comparison; needs matplotlib")
     return parser
 
 
@@ -360,6 +362,15 @@ def read_config(arguments: list[str]) -> tuple[Config, bool]:
     return replace(cfg, out=cfg.out or f"runs/{cfg.task}-{kind_of(cfg)}"), False
 
 
+def read_plot(arguments: list[str]) -> list[str]:
+    """The folders that --plot names, beside which no option may stand; none without it."""
+    said = vars(build_parser().parse_args(arguments))
+    runs = said.pop("plot", [])
+    if runs and said:
+        usage_error(f"{option(next(iter(said)))} does nothing with --plot: leave it out")
+    return runs
+
+
 def kind_of(cfg: Config) -> str:
     """What its folder is called after the task: the experiment, or the method and the seed."""
     kinds = [kind for kind in ("eval_only", "compare", "ablations") if getattr(cfg, kind)]
@@ -392,8 +403,9 @@ def check_use(said: dict, cfg: Config) -> None:
             usage_error(f"{option(name)} does nothing {idle[name]}: leave it out")
 
 
-if __name__ == "__main__":
-    CONFIG, RESUMING = read_config(sys.argv[1:])  # before the imports that take seconds
+if __name__ == "__main__":  # before the imports that take seconds
+    PLOTTED = read_plot(sys.argv[1:])
+    CONFIG, RESUMING = (None, False) if PLOTTED else read_config(sys.argv[1:])
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -2388,13 +2400,13 @@ ABLATIONS = {
 
 
 @contextlib.contextmanager
-def reading(out: Path):
-    """Where the files of a finished run are damaged, raise RunError instead of what they raise."""
+def reading(out: Path, advice: str = "delete it, and it is made again"):
+    """Where a run is missing or damaged, raise RunError instead of what reading it raises."""
     try:
         yield
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise RunError(f"{out} holds a damaged run ({error}): delete it, and it is made again"
-                       ) from None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError,
+            RecursionError) as error:
+        raise RunError(f"{out} holds no run or a damaged one ({error}): {advice}") from None
 
 
 def finished(cfg: Config, task: tasks.Task, known: dict) -> dict:
@@ -2725,6 +2737,111 @@ def print_stakes(groups: list[list[Rollout]], cfg: Config) -> None:
 
 
 # =============================================================================================
+# --plot: the curves of runs, or what a comparison trades, in plot.png
+# =============================================================================================
+
+CURVES = {  # columns of metrics.jsonl: the panel that shows each, and the line it is drawn with
+    "reward": ("reward", ".-"), "pass_rate": ("pass rate (dashed: held out)", ".-"),
+    "eval_pass": ("pass rate (dashed: held out)", "o--"), "kl": ("KL, nats per token", ".-"),
+    "entropy": ("entropy, nats per token", ".-"), "kl_coef": ("beta (kl_coef)", ".-")}
+
+FORGETTING = {"kl_to_base": "KL to the base, nats per token",
+              "general mean": "general benchmark, mean"}
+
+DRAWN = "--plot takes the folder of a run or of a comparison, as --out named it"
+
+
+def read_curves(folder: Path) -> dict[str, list[tuple[float, float]]]:
+    """A run's points (step, value) of each column that its method has. Raises RunError."""
+    with reading(folder, DRAWN):
+        lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
+        steps = {float(record["step"]): record for record in map(json.loads, lines)}
+        curves = {column: [(step, float(record[column])) for step, record in steps.items()
+                           if column in record] for column in CURVES}
+        if not steps:
+            raise ValueError("no step has been taken")
+    return {column: points for column, points in curves.items() if points}
+
+
+def read_table(folder: Path) -> tuple[str, dict[str, list[dict[str, float]]]]:
+    """Which score is the new skill, and a comparison's runs by method. Raises RunError."""
+    with reading(folder, DRAWN):
+        columns = json.loads((folder / "table.json").read_text("utf-8"))["columns"]
+        skill = [name for name in columns["base"][0] if name.endswith(" pass@1")][0]
+        return skill, {method: [{name: float(run[name]) for name in (skill, *FORGETTING)}
+                                for run in runs] for method, runs in columns.items()}
+
+
+def blank_figure(rows: int, names: list[str]) -> tuple:
+    """A figure, its panels, and a colour for each name; the legend has the place of the last."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure  # draws by Agg: pyplot would look for a screen
+    except ImportError:
+        raise RunError("--plot needs matplotlib: pip install matplotlib") from None
+    figure = Figure(figsize=(13, 4 * rows), layout="constrained")
+    *panels, key = figure.subplots(rows, 3).flat
+    key.axis("off")
+    palette = matplotlib.colormaps["tab10" if len(names) <= 10 else "turbo"]  # tab10 has no more
+    colours = palette.resampled(max(10, len(names)))(range(len(names)))
+    handles = [key.plot([], [], "o-", color=colour)[0] for colour in colours]
+    for text in key.legend(handles, names, loc="center left").get_texts():
+        text.set_parse_math(False)  # a $ in the name of a folder begins no formula
+    return figure, panels, colours
+
+
+def draw_runs(runs: dict[str, dict]):
+    """The figure of some runs: a panel for each quantity over the steps, a colour for each run."""
+    figure, panels, colours = blank_figure(2, list(runs))
+    places = dict(zip(dict.fromkeys(title for title, _ in CURVES.values()), panels, strict=True))
+    for title, panel in places.items():
+        panel.set(title=title, xlabel="step")
+    for curves, colour in zip(runs.values(), colours, strict=True):
+        for column, points in curves.items():
+            title, line = CURVES[column]
+            places[title].plot(*zip(*points, strict=True), line, color=colour, markersize=3)
+    return figure
+
+
+def draw_comparison(skill: str, methods: dict[str, list[dict]]):
+    """The figure of a comparison: new skill over forgetting, a point for each method and seed."""
+    figure, panels, colours = blank_figure(1, list(methods))
+    for panel, (cost, title) in zip(panels, FORGETTING.items(), strict=True):
+        panel.set(xlabel=title, ylabel=skill)
+        for runs, colour in zip(methods.values(), colours, strict=True):
+            panel.plot([run[cost] for run in runs], [run[skill] for run in runs], "o",
+                       color=colour, alpha=0.8)
+    return figure
+
+
+def figure_of(folders: list[Path]):
+    """What there is to see in these folders. Raises RunError."""
+    tables = [folder for folder in folders if (folder / "table.json").exists()]
+    if tables and len(folders) > 1:
+        raise RunError(f"{tables[0]} holds a comparison, which is drawn alone: give it as the only "
+                       "RUN of --plot, or leave it out")
+    if tables:
+        return draw_comparison(*read_table(tables[0]))
+    paths = [os.path.abspath(folder) for folder in folders]
+    shared = os.path.commonpath(map(os.path.dirname, paths))  # what tells a/run from b/run is kept
+    return draw_runs({os.path.relpath(path, shared): read_curves(folder)
+                      for path, folder in zip(paths, folders, strict=True)})
+
+
+def plot(runs: list[str]) -> int:
+    """Draw, and save it in the first folder. Exit code 2 for what a user can mend."""
+    out, image = Path(runs[0]) / "plot.png", io.BytesIO()
+    try:
+        figure_of([Path(run) for run in runs]).savefig(image, format="png", dpi=120)
+        write_atomic(out, image.getvalue())
+    except (RunError, OSError) as error:
+        print(one_line(error), file=sys.stderr)
+        return 2
+    print(f"The picture is {out}")
+    return 0
+
+
+# =============================================================================================
 # --bench: how fast this machine is
 # =============================================================================================
 
@@ -3026,4 +3143,4 @@ def main(cfg: Config, resuming: bool) -> int:
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: servers are stopped
     sys.stdout.reconfigure(errors="backslashreplace")  # an answer may hold any character
-    sys.exit(main(CONFIG, RESUMING))
+    sys.exit(plot(PLOTTED) if PLOTTED else main(CONFIG, RESUMING))
