@@ -190,7 +190,7 @@ def read_by_all(policy: vcopd.Policy, cfg: vcopd.Config, batch: vcopd.Batch | No
                 advantage=(-1.0, 1.0, 0.0, 2.0), examples=None) -> list[vcopd.Experience]:
     """Micro-batches of rollouts that reference and teacher have read, as in `train_step`."""
     advantage = torch.tensor(advantage, dtype=policy.model.dtype)
-    parts = vcopd.ask_reference(policy, batch or ragged_batch(), cfg)
+    parts = vcopd.split_and_ask_reference(policy, batch or ragged_batch(), cfg)
     for part in parts:
         part.advantage = advantage[part.index]
         part.logp_teacher = vcopd.ask_teacher(policy, part, examples or toy_examples(4), cfg)
@@ -1177,8 +1177,8 @@ def test_replay_keeps_the_best_by_verdict_and_among_equals_the_most_confident(to
     policy, kept_ids = tiny_policy(moved=0.2), []
     monkeypatch.setattr(tasks, "verify_skill", lambda example, answer: tasks.Verdict(
         float(example.id in ("old1", "old4")), True, True, "ok", {}))
-    every = vcopd.refresh_replay(policy, toy.anchors, 0, 0, replace(TOY, replay_keep=1.0))
-    pool = vcopd.refresh_replay(policy, toy.anchors, 0, 0, TOY)
+    every = vcopd.refresh_replay(policy, toy.anchors, 0, replace(TOY, replay_keep=1.0))
+    pool = vcopd.refresh_replay(policy, toy.anchors, 0, TOY)
     names = {tuple(policy.encode(e.prompt)): e.id for e in toy.anchors}
     kept_ids = [names[tuple(context)] for context in pool.contexts]
     confidence = {names[tuple(context)]: sum(row) / len(row) for context, row in zip(
@@ -1195,7 +1195,7 @@ def test_every_old_skill_has_its_share_of_the_replay(toy, monkeypatch):
         float(example.skill == "easy"), True, True, "ok", {}))
     anchors = [replace(example, skill=("easy", "hard")[i % 2])
                for i, example in enumerate(toy.anchors)]
-    pool = vcopd.refresh_replay(policy, anchors, 0, 0, TOY)
+    pool = vcopd.refresh_replay(policy, anchors, 0, TOY)
     skill = {tuple(policy.encode(example.prompt)): example.skill for example in anchors}
     assert sorted(skill[tuple(context)] for context in pool.contexts) == ["easy"] * 2 + ["hard"] * 2
 
@@ -1322,7 +1322,8 @@ def test_truncated_answers_are_counted():
     rows = torch.tensor([[5, EOS, EOS], [5, 6, 7], [5, 6, EOS], [7, 6, 5]])
     batch = vcopd.Batch([[5]] * 4, rows, vcopd.stop_mask(rows, torch.tensor([EOS])))
     verdicts = [likes_a(None, "")] * 4
-    assert vcopd.rollout_metrics(batch, verdicts, tiny_policy())["truncated"] == 0.5
+    rollouts = vcopd.Rollouts([], batch, [], verdicts, torch.zeros(4), torch.zeros(4), [])
+    assert vcopd.rollout_metrics(rollouts, tiny_policy())["truncated"] == 0.5
 
 
 def test_tied_groups_are_counted_and_still_learn_from_the_teacher(toy):
@@ -1723,7 +1724,7 @@ def test_a_teacher_who_is_the_student_with_the_same_prompt_has_no_gap(kind, teac
     examples = [tasks.Example("", prompt, "", "") for prompt in ("def f(x):", "x" * 40)]
     prompts = [policy.encode(example.prompt) for example in examples]
     batch = vcopd.sample(policy, policy.student, prompts, 2, cfg, vcopd.seeded("rollouts"))
-    parts = vcopd.ask_reference(policy, batch, cfg)
+    parts = vcopd.split_and_ask_reference(policy, batch, cfg)
     rows = [example for example in examples for _ in range(2)]
     for part in parts:
         part.advantage = torch.zeros(len(part.index))
@@ -1744,7 +1745,7 @@ def test_a_stronger_teacher_reads_the_prompt_in_its_own_template(models, tmp_pat
     monkeypatch.setattr(vcopd, "completion_hidden", lambda policy, role, batch: (
         seen.append(batch.contexts[0]), scoring(policy, role, batch))[1])
     batch = rollouts(policy, config(models["llama"]))
-    part = vcopd.ask_reference(policy, batch, config(models["llama"]))[0]
+    part = vcopd.split_and_ask_reference(policy, batch, config(models["llama"]))[0]
     example = tasks.Example("", "question", "", "the secret")
     vcopd.ask_teacher(policy, part, [example] * 4, config(models["llama"]))
     text = policy.tokenizer.decode(seen[-1])
@@ -3052,7 +3053,7 @@ def one_update(cfg: vcopd.Config, out: Path) -> None:
     optimizer = torch.optim.SGD(vcopd.adapter_parameters(policy.model, "policy"), lr=1.0)
     state = vcopd.State(optimizer, 0.5, replay=batch)
     rows = vcopd.mine(torch.arange(len(batch.contexts)).view(-1, cfg.rollouts)).flatten()
-    parts = vcopd.ask_reference(policy, batch.rows(rows), cfg)
+    parts = vcopd.split_and_ask_reference(policy, batch.rows(rows), cfg)
     for part in parts:
         part.advantage = advantage[rows][part.index]
     for epoch in range(2):

@@ -12,24 +12,26 @@
 """Verifier-Calibrated On-Policy Distillation (VC-OPD): a reference implementation in one file.
 
 A language model learns a new skill without forgetting its old ones: it trains on its own samples,
-a verifier says how good they are, and a teacher may only add hints inside that verdict.
+a verifier says how good they are, and a teacher adds small hints, token by token, inside that
+verdict: at most lambda * clip (0.1) each. Where all answers score alike, hints alone decide.
 
     python vcopd.py --task codeedit        # 7 minutes on 2 cores the first time, 3 afterwards
     python vcopd.py --task arithmetic      # under 3 minutes the first time, 1.5 afterwards
     python vcopd.py --task codeedit --method rl      # the same loop without a teacher
 
-The method, in the order of this file. Step 1 runs once, `train_step` repeats Steps 2 to 6: start
-reading there.
+The method. Step 1 runs once, `train_step` repeats Steps 2 to 6: start reading there, in Part I,
+and skip the configuration above it.
 
     Step 1  format      SFT on a separate adapter, only if needed       train_format
     Step 2  rollouts    y_1..y_K ~ pi_theta(.|x)                                sample
-    Step 3  verdict     Eq. 1  R_i = V(x, y_i)                                  train_step
+    Step 3  verdict     Eq. 1  R_i = V(x, y_i)                                  collect_rollouts
                         Eq. 2  A_i = (R_i - mean R) / (std R + 1e-4)            group_advantage
     Step 4  hints       Eq. 3  D_t = clip(log T(a_t|s_t, hint) - log pi_old)    teacher_gap
                         Eq. 4  G_i = sigmoid(A_i)                               GATES
                         Eq. 5  A_dense = A_i + lambda * G_i * D_t               dense_advantage
     Step 5  update      Eq. 6  rho_t = pi_theta / pi_old                        vcopd_loss
-                        Eq. 7  L_policy = -mean min(rho A, clip(rho) A)         vcopd_loss
+                        Eq. 7  L_policy = -mean min(rho A_dense,                vcopd_loss
+                                           clip(rho, 1 - eps, 1 + eps) A_dense)
                         Eq. 8  L_kl = beta * KL(pi_theta || pi_ref), exact      vcopd_loss
                         Eq. 9  beta *= 1.2 if KL > target else 0.95             adapt_kl_coef
                         Eq. 10 H = entropy, exact                               token_terms
@@ -45,8 +47,9 @@ One frozen model plays every role; named LoRA adapters and the prompt decide whi
     T, a specialist         {specialist}, from a folder     the prompt and the privileged hint
     T, a stronger one       another model, the same ids     the prompt and the privileged hint
 
-The essay is Marvin B. Freedman's "Verifier-Calibrated On-Policy Distillation" (2026). The hint is
-what only the teacher reads: see `tasks.privileged_prompt`.
+A PEFT folder as --model is one more frozen adapter of pi_ref and pi_theta. The hint is text that
+only the teacher reads: a right answer to the prompt (`tasks.privileged_prompt`). The essay is
+Marvin B. Freedman's "Verifier-Calibrated On-Policy Distillation" (2026).
 
 Where this differs from the essay (each is marked `differs:` on its line, the last in tasks.py):
 
@@ -55,13 +58,16 @@ Where this differs from the essay (each is marked `differs:` on its line, the la
     3. A group whose rewards are all equal gets A = 0 exactly, decided on max - min. Hints, KL,
        entropy and replay still act there.
     4. Log-probs of every role are taken at the sampling temperature, so that ratio, gap and KL
-       speak of the distribution that was sampled (top_p aside). Supervised steps use 1.
+       speak of the distribution that was sampled (top_p aside). SFT alone uses temperature 1.
     5. The reward's three penalties are each held in [0, 1], so no pass is below a fail.
 
 Shapes: every per-token number is in a (B, T) tensor on completion positions, next to a mask that is
 True up to and including the first stop token. Letters: P prompts, K rollouts, B = P*K rows,
-T tokens, N of them under the mask, V vocabulary, D hidden size; b rows and L tokens of one forward
-pass.
+T tokens, N of them under the mask, V vocabulary, D hidden size; b rows of a micro-batch; S rows of
+L tokens in one forward pass, each a prompt with several answers.
+
+To add a task: an entry of `tasks.TASKS`. A gate: one of `GATES`, and its name in `Config`. A model:
+nothing, if `--model` accepts it.
 """
 
 from __future__ import annotations
@@ -175,14 +181,15 @@ class Config:
     eval_every: int = knob(100, "steps between looks at held-out problems", low=1)
     save_every: int = knob(100, "steps between checkpoints", low=1)
     eval_problems: int = knob(200, "held-out problems in each split", low=2)
-    kl_budget: float = knob(0.05, "largest KL to the base that still counts as improved", low=0.0)
+    kl_budget: float = knob(0.05, "largest KL to the base (no adapter on) that is still improved",
+                            low=0.0)
     unsafe_judge: bool = knob(False, "run answers even where the kernel cannot lock them in")
 
 
 METHODS = {  # presets of the same loop: what is fixed here cannot be set by an option
     "vcopd": {},
     "rl": {"teacher_coef": 0.0},  # the verifier alone
-    # blind distillation: no verdict (see train_step), no gate, no clip, and D is all there is
+    # blind distillation: A = 0 (see credit_answers), no gate, no clip: A_dense is D. Guards stay
     "opd": {"gate": "none", "gap_clip": INF, "teacher_coef": 1.0},
     "sft": {"teacher_coef": 0.0, "replay_share": 0.0},  # imitation of reference answers
 }
@@ -447,47 +454,67 @@ class State:
     before: dict = field(default_factory=dict)  # the base's scores, to compare with at the end
 
 
+@dataclass
+class Rollouts:
+    """What a step sampled, and what was found out about it, before anything is learnt."""
+
+    examples: list[tasks.Example]  # (B,) the example behind each answer
+    batch: Batch
+    answers: list[str]  # (B,)
+    verdicts: list[tasks.Verdict]  # (B,)
+    reward: Tensor  # (B,)
+    advantage: Tensor  # (B,)
+    parts: list[Experience]  # the same in micro-batches
+
+
 def train_step(policy: Policy, task: tasks.Task, examples: list, state: State,
                cfg: Config) -> tuple[dict, list[dict]]:
     """One step of VC-OPD on P examples. Returns metrics, and the first group for people to read."""
-    # Step 2: sample K answers to each prompt from the current student
-    prompts = [policy.encode(example.prompt) for example in examples]
-    generator = seeded("rollouts", cfg.seed, world() * state.step + rank())
-    batch = sample(policy, policy.student, prompts, cfg.rollouts, cfg, generator)
-    answers = policy.decode(batch)
-    asked = [example for example in examples for _ in range(cfg.rollouts)]
-
-    # Step 3: the verifier decides what each is worth; meanwhile reference and teacher read them
-    with ThreadPoolExecutor(1) as aside:
-        judging = aside.submit(verify_all, task.verify, asked, answers)
-        parts = ask_reference(policy, batch, cfg)
-        if has_teacher(cfg):
-            for part in parts:
-                part.logp_teacher = ask_teacher(policy, part, asked, cfg)
-        verdicts = judging.result()
-
-    # compare the verdicts within each group
-    reward = torch.tensor([float(v.reward) for v in verdicts], device=policy.device)  # Eq. 1
-    advantage = group_advantage(reward, cfg.rollouts)
-    if cfg.method == "opd":  # blind distillation looks at no verdict
-        advantage = torch.zeros_like(advantage)
-    for part in parts:
-        part.advantage = advantage[part.index.to(advantage.device)]
+    # Steps 2 and 3: answers of the current student, and what verifier and teacher think of them
+    rollouts = collect_rollouts(policy, task, examples, state.step, cfg)
 
     # Step 6: now and then, collect the student's best answers to prompts about old skills
     if cfg.replay_share > 0 and state.step % cfg.replay_every == 0:
-        state.replay = refresh_replay(policy, task.anchors, cfg.seed, state.step, cfg)
+        state.replay = refresh_replay(policy, task.anchors, state.step, cfg)
 
-    # Steps 4 and 5: credit tokens, and learn. The first pass is on-policy, later ones are clipped
+    # Steps 4 and 5: credit tokens, and learn, with a share of replay. In the first epoch the
+    # student still is pi_old: rho is 1, and the ratio clip acts in later ones only
     for epoch in range(cfg.epochs):
-        replay = draw_replay(state, len(asked), epoch, cfg)
-        info = update(policy, parts, replay, state, cfg)
-    state.kl_coef = adapt_kl_coef(state.kl_coef, info["kl"], cfg)
+        replay = draw_replay(state, len(rollouts.answers), epoch, cfg)
+        info = update(policy, rollouts.parts, replay, state, cfg)
 
-    metrics = {**rollout_metrics(batch, verdicts, policy), **info, "kl_coef": state.kl_coef,
-               **gap_metrics(parts, tied_groups(reward, cfg.rollouts))}
-    return metrics, [sample_record(state.step + 1, asked[i], answers[i], verdicts[i],
-                                   advantage[i].item()) for i in range(cfg.rollouts)]
+    # once a step, by the KL of the last epoch: tighten or relax the guard
+    state.kl_coef = adapt_kl_coef(state.kl_coef, info["kl"], cfg)
+    metrics = {**rollout_metrics(rollouts, policy), **info, "kl_coef": state.kl_coef,
+               **gap_metrics(rollouts.parts, tied_groups(rollouts.reward, cfg.rollouts))}
+    return metrics, sample_records(rollouts, state.step + 1, cfg.rollouts)
+
+
+def collect_rollouts(policy: Policy, task: tasks.Task, examples: list, step: int,
+                     cfg: Config) -> Rollouts:
+    """Sample K answers to each prompt, let the verifier judge, and reference and teacher read."""
+    # Step 2: sample from the current student
+    prompts = [policy.encode(example.prompt) for example in examples]
+    generator = seeded("rollouts", cfg.seed, world() * step + rank())
+    batch = sample(policy, policy.student, prompts, cfg.rollouts, cfg, generator)
+    answers = policy.decode(batch)
+    examples = [example for example in examples for _ in range(cfg.rollouts)]
+
+    # Step 3: the verifier decides what each is worth; meanwhile reference and teacher read them
+    with ThreadPoolExecutor(1) as aside:
+        judging = aside.submit(verify_all, task.verify, examples, answers)  # Eq. 1
+        parts = split_and_ask_reference(policy, batch, cfg)
+        if has_teacher(cfg):
+            for part in parts:
+                part.logp_teacher = ask_teacher(policy, part, examples, cfg)
+        verdicts = judging.result()
+
+    # compare the verdicts within each group
+    reward = torch.tensor([float(v.reward) for v in verdicts], device=policy.device)
+    advantage = credit_answers(reward, cfg)
+    for part in parts:
+        part.advantage = advantage[part.index.to(advantage.device)]
+    return Rollouts(examples, batch, answers, verdicts, reward, advantage, parts)
 
 
 # =============================================================================================
@@ -596,7 +623,7 @@ def sample(policy: Policy, role: tuple[str, ...], prompts: list[list[int]], k: i
             going &= ~torch.isin(token, policy.stop_ids)
             if t + 1 == cfg.max_new_tokens or not going.any():
                 break
-            if going.sum() <= DROP * len(going):
+            if going.sum() <= DROP * len(going):  # enough have finished: they leave the cache
                 cache.batch_select_indices(going.nonzero()[:, 0])
                 alive, token, seen, going = (rows[going] for rows in (alive, token, seen, going))
             hidden, seen = read_token(policy, token, cache, seen)
@@ -604,34 +631,6 @@ def sample(policy: Policy, role: tuple[str, ...], prompts: list[list[int]], k: i
     mask = stop_mask(completion, policy.stop_ids)
     completion = completion.masked_fill(~mask, policy.pad_id)
     return Batch(contexts, completion, mask).rows(torch.arange(len(completion)))
-
-
-def draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
-    """One token for each row: logits (B, V) -> (B,). Temperature 0 is greedy.
-
-    The nucleus is the smallest set of most likely tokens whose probability reaches top_p.
-    """
-    if temperature == 0:
-        return logits.argmax(-1)
-    full = F.softmax(logits.float() / temperature, -1)
-    probs, order = full.topk(min(256, full.shape[-1]))  # as a rule they hold the nucleus
-    if (probs.sum(-1) < top_p).any():
-        probs, order = full.sort(-1, descending=True)
-    probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)  # (B, V)
-    uniform = torch.rand(len(probs), 1, generator=generator).to(probs.device)
-    reached = probs.cumsum(-1)
-    choice = torch.searchsorted(reached, uniform * reached[:, -1:], right=True)
-    inside = (probs > 0).sum(-1, keepdim=True)  # rounding must not lead out of the nucleus
-    return order.gather(-1, torch.minimum(choice, inside - 1))[:, 0]
-
-
-def stop_mask(completion: Tensor, stop_ids: Tensor) -> Tensor:
-    """True up to and including the first stop token of each row: (B, T) -> (B, T).
-
-    The stop is found by position: pad may be the same token as eos, and its first must be learnt.
-    """
-    stops = torch.isin(completion, stop_ids).long()
-    return stops.cumsum(1) - stops == 0
 
 
 # =============================================================================================
@@ -653,8 +652,8 @@ class Experience:
 
 
 @torch.no_grad()
-def ask_reference(policy: Policy, batch: Batch, cfg: Config) -> list[Experience]:
-    """Split the rollouts into micro-batches, and let the reference read each."""
+def split_and_ask_reference(policy: Policy, batch: Batch, cfg: Config) -> list[Experience]:
+    """The rollouts in micro-batches, each read by the reference."""
     parts = []
     for index in micro_batches(policy, batch, cfg.micro_tokens):
         some = batch.rows(index)
@@ -668,10 +667,10 @@ def has_teacher(cfg: Config) -> bool:
 
 
 @torch.no_grad()
-def ask_teacher(policy: Policy, part: Experience, asked: list, cfg: Config) -> Tensor:
+def ask_teacher(policy: Policy, part: Experience, examples: list, cfg: Config) -> Tensor:
     """log T(a_t|s_t, hint) of the ids the student sampled, behind the privileged prompt: (b, T)."""
     teacher, role = policy.teacher
-    prompts = [tasks.privileged_prompt(asked[i]) for i in part.index.tolist()]
+    prompts = [tasks.privileged_prompt(examples[i]) for i in part.index.tolist()]
     hinted = replace(part.batch, contexts=[teacher.encode(prompt) for prompt in prompts])
     return log_probs(teacher, role, hinted, cfg.temperature)
 
@@ -687,15 +686,8 @@ def completion_hidden(policy: Policy, role: tuple[str, ...], batch: Batch) -> Te
     ids, positions, mask, predictors = one_row_per_prompt(policy, batch)
     with adapters(policy.model, role):
         hidden = policy.model.base_model(ids, attention_mask=mask, position_ids=positions,
-                                         use_cache=False).last_hidden_state  # (b, L, D)
+                                         use_cache=False).last_hidden_state  # (S, L, D)
     return hidden.flatten(0, 1).index_select(0, predictors)
-
-
-def head(model: nn.Module, hidden: Tensor) -> Tensor:
-    """Hidden states (..., D) -> logits (..., V), as the model's own forward makes them."""
-    logits = model.get_output_embeddings()(hidden)
-    cap = getattr(model.config, "final_logit_softcapping", None)
-    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def token_logps(model: nn.Module, temperature: float, ids: Tensor, hidden: Tensor) -> Tensor:
@@ -717,6 +709,13 @@ def token_terms(model: nn.Module, temperature: float, ids: Tensor, hidden: Tenso
 # =============================================================================================
 # Step 3 - verdict: the advantage of each rollout within its group
 # =============================================================================================
+
+
+def credit_answers(reward: Tensor, cfg: Config) -> Tensor:
+    """The verdict as an advantage for each answer (B,). Blind distillation looks at none."""
+    if cfg.method == "opd":
+        return torch.zeros_like(reward)
+    return group_advantage(reward, cfg.rollouts)
 
 
 def group_advantage(reward: Tensor, k: int) -> Tensor:
@@ -751,7 +750,7 @@ def fix_gap(part: Experience, logp_old: Tensor, cfg: Config) -> None:
     part.gap = teacher_gap(part.logp_teacher, part.logp_old, cfg.gap_clip)
 
 
-GATES = {  # advantage (B,) -> gate (B,)
+GATES = {  # advantage (B,) -> gate (B,). A new one needs its name in the choices of Config.gate
     "sigmoid": torch.sigmoid,  # Eq. 4
     "success": lambda advantage: (advantage > 0).float(),  # hints on successes only (SDPG)
     "failure": lambda advantage: torch.sigmoid(-advantage),  # hints mostly on failures (SRPO)
@@ -760,7 +759,10 @@ GATES = {  # advantage (B,) -> gate (B,)
 
 
 def dense_advantage(advantage: Tensor, gap: Tensor, cfg: Config) -> Tensor:
-    """Sequence verdict (B,) and token hints (B, T) in one advantage (B, T), never normalised."""
+    """Sequence verdict (B,) and token hints (B, T) in one advantage (B, T).
+
+    Not normalised again: in a tied group that would blow small hints up to the size of a verdict.
+    """
     gate = GATES[cfg.gate](advantage)[:, None]
     return advantage[:, None] + cfg.teacher_coef * gate * gap  # Eq. 5
 
@@ -774,20 +776,20 @@ def update(policy: Policy, parts: list[Experience], replay: Batch | None, state:
            cfg: Config) -> dict[str, float]:
     """One optimiser step on the whole batch, however it is split: gradients add up."""
     share = 0.0 if replay is None else cfg.replay_share
-    tokens = total(sum(int(part.batch.mask.sum()) for part in parts))
+    tokens = over_ranks(sum(int(part.batch.mask.sum()) for part in parts))
     sums: Counter[str] = Counter()
     for part in parts:
         hidden = completion_hidden(policy, policy.student, part.batch)
         terms = on_tokens(policy, token_terms, cfg.temperature, part.batch, hidden,
                           part.hidden_ref)
-        if part.logp_old is None:  # no pass of its own: this is the first epoch's
+        if part.logp_old is None:  # first epoch: this very pass also gives log pi_old
             fix_gap(part, terms[0], cfg)
         loss, info = vcopd_loss(terms, part, state.kl_coef, tokens, cfg)
         total_loss(loss, 0.0, share).backward()
         sums.update({name: value.item() for name, value in info.items()})
     if replay is not None:
         sums["replay_loss"] = replay_gradients(policy, replay, cfg)
-    sums = {name: total(value) for name, value in sums.items()}
+    sums = {name: over_ranks(value) for name, value in sums.items()}
     return {**sums, "grad_norm": optimizer_step(state.optimizer, cfg)}
 
 
@@ -811,15 +813,15 @@ def vcopd_loss(terms: Tensor, part: Experience, kl_coef: float, tokens: int,
     entropy_mean = token_mean(entropy, mask, tokens)
     loss = policy_loss + kl_loss - cfg.entropy_coef * entropy_mean  # Eq. 11
     clipped = (objective < ratio * advantage).float()
-    teacher = (advantage - part.advantage[:, None]).abs()
-    share = teacher / (teacher + part.advantage.abs()[:, None]).clamp(min=1e-12)
+    hint = (advantage - part.advantage[:, None]).abs()
+    teacher_share = hint / (hint + part.advantage.abs()[:, None]).clamp(min=1e-12)
     return loss, {"policy_loss": policy_loss, "kl": kl_mean, "entropy": entropy_mean,
                   "ratio_clipped": token_mean(clipped, mask, tokens),
-                  "teacher_share": token_mean(share, mask, tokens)}
+                  "teacher_share": token_mean(teacher_share, mask, tokens)}
 
 
 def token_mean(values: Tensor, mask: Tensor, tokens: int) -> Tensor:
-    """Sum over completion tokens, divided by the token count of the whole batch."""
+    """Sum over completion tokens, by the count of all micro-batches and ranks: sums add up."""
     return torch.where(mask, values, 0).sum() / tokens
 
 
@@ -829,8 +831,7 @@ LEAST_KL_COEF, MOST_KL_COEF = 1e-4, 10.0
 def adapt_kl_coef(kl_coef: float, kl: float, cfg: Config) -> float:
     """Tighten the guard when the policy strays, relax it otherwise.
 
-    The rule is stationary when KL is above the target on 22 % of updates (1.2^.22 * .95^.78 = 1),
-    so the average KL settles below the target.
+    The rule is stationary when KL is above the target in 22 % of steps (1.2^.22 * .95^.78 = 1).
     """
     if kl_coef == 0:  # switched off
         return 0.0
@@ -843,14 +844,14 @@ def adapt_kl_coef(kl_coef: float, kl: float, cfg: Config) -> float:
 # =============================================================================================
 
 
-def refresh_replay(policy: Policy, anchors: list[tasks.Example], seed: int, step: int,
-                   cfg: Config) -> Batch:
+def refresh_replay(policy: Policy, anchors: list[tasks.Example], step: int, cfg: Config) -> Batch:
     """Answers of the current student to anchor prompts: the best `replay_keep` of each skill.
 
-    Best by verifier score, and among equals by self-confidence (mean log-prob of a token).
+    Best by verifier score, and among equals by self-confidence (mean log-prob of a token). That
+    share is kept even where fewer are right.
     """
     prompts = [policy.encode(example.prompt) for example in anchors]
-    batch = sample(policy, policy.student, prompts, 1, cfg, seeded("replay", seed, step))
+    batch = sample(policy, policy.student, prompts, 1, cfg, seeded("replay", cfg.seed, step))
     verdicts = verify_all(tasks.verify_skill, anchors, policy.decode(batch))
     confidence = mean_logps(policy, batch, cfg)
     by_skill: dict[str, list[int]] = {}  # else the easiest skills would fill the pool
@@ -908,6 +909,15 @@ def pad(rows: list[list[int]], value: int, left: bool = False) -> tuple[Tensor, 
     mask = places >= longest - lengths if left else places < lengths  # (B, L)
     ids = torch.full((len(rows), longest), value)
     return ids.masked_scatter(mask, torch.tensor([i for row in rows for i in row])), mask
+
+
+def stop_mask(completion: Tensor, stop_ids: Tensor) -> Tensor:
+    """True up to and including the first stop token of each row: (B, T) -> (B, T).
+
+    The stop is found by position: pad may be the same token as eos, and its first must be learnt.
+    """
+    stops = torch.isin(completion, stop_ids).long()
+    return stops.cumsum(1) - stops == 0
 
 
 def seeded(*parts) -> torch.Generator:
@@ -1002,8 +1012,27 @@ def freeze(model: nn.Module, name: str) -> None:
 
 
 # =============================================================================================
-# The sampler reads each prompt once
+# Drawing tokens. The sampler reads each prompt once
 # =============================================================================================
+
+def draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
+    """One token for each row: logits (B, V) -> (B,). Temperature 0 is greedy.
+
+    The nucleus is the smallest set of most likely tokens whose probability reaches top_p.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    full = F.softmax(logits.float() / temperature, -1)
+    probs, order = full.topk(min(256, full.shape[-1]))  # as a rule they hold the nucleus
+    if (probs.sum(-1) < top_p).any():
+        probs, order = full.sort(-1, descending=True)
+    probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)  # (B, V)
+    uniform = torch.rand(len(probs), 1, generator=generator).to(probs.device)
+    reached = probs.cumsum(-1)
+    choice = torch.searchsorted(reached, uniform * reached[:, -1:], right=True)
+    inside = (probs > 0).sum(-1, keepdim=True)  # rounding must not lead out of the nucleus
+    return order.gather(-1, torch.minimum(choice, inside - 1))[:, 0]
+
 
 DROP = 0.9  # finished rows leave when a tenth has finished: each time the cache is copied
 
@@ -1031,7 +1060,7 @@ class RoomyLayer(DynamicLayer):
     """The cache of one layer, with room for the answers: its parent copies it for each token."""
 
     def __init__(self, prompts: DynamicLayer, k: int, room: int):
-        """Each prompt's keys and values (P, heads, T, D) for its K rollouts, and `room` more."""
+        """Each prompt's keys and values (P, heads, L, size) for its K rollouts, and `room` more."""
         super().__init__()
         self.is_initialized = True
         self.stores = [F.pad(held.repeat_interleave(k, 0), (0, 0, 0, room))
@@ -1071,8 +1100,15 @@ def share_cache(cache, k: int, room: int) -> None:
 # =============================================================================================
 
 
+def head(model: nn.Module, hidden: Tensor) -> Tensor:
+    """Hidden states (..., D) -> logits (..., V), as the model's own forward makes them."""
+    logits = model.get_output_embeddings()(hidden)
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
 def one_row_per_prompt(policy: Policy, batch: Batch) -> tuple[Tensor | None, ...]:
-    """Ids (b, L), positions (b, L), attention mask, and the N places (in b * L) that predict.
+    """Ids (S, L), positions (S, L), attention mask, and the N places (in S * L) that predict.
 
     Rows of the batch with the same context share one. Padding stands on the right of a causal
     model, so no real token sees it.
@@ -1116,7 +1152,7 @@ def side_by_side(context: list[int], answers: list[list[int]]) -> tuple[list[int
 
 
 def answer_mask(owners: Tensor, dtype: torch.dtype) -> Tensor:
-    """The attention mask (b, 1, L, L) under which an answer sees the prompt and itself."""
+    """The attention mask (S, 1, L, L) under which an answer sees the prompt and itself."""
     seen = (owners[:, :, None] == owners[:, None, :]) | (owners[:, None, :] == 0)
     nothing = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
     return nothing.masked_fill(~seen.tril(), torch.finfo(dtype).min)[:, None]
@@ -1164,7 +1200,7 @@ def on_tokens(policy: Policy, terms, temperature: float, batch: Batch, *hidden: 
 
 
 def draw_replay(state: State, rollouts: int, epoch: int, cfg: Config) -> Batch | None:
-    """As many kept samples as make `replay_share` of the rows. Eq. 12 weighs them anyhow."""
+    """As many kept samples as make `replay_share` of the rows. Their weight is r in any case."""
     if state.replay is None:
         return None
     new = rollouts * world()
@@ -1176,7 +1212,7 @@ def draw_replay(state: State, rollouts: int, epoch: int, cfg: Config) -> Batch |
 
 def replay_gradients(policy: Policy, replay: Batch, cfg: Config) -> float:
     """Add up the gradients of the replay term of Eq. 12; returns its loss."""
-    tokens, value = total(int(replay.mask.sum())), 0.0
+    tokens, value = over_ranks(int(replay.mask.sum())), 0.0
     for index in micro_batches(policy, replay, cfg.micro_tokens):
         loss = nll_loss(policy, policy.student, replay.rows(index), cfg.temperature, tokens)
         total_loss(0.0, loss, cfg.replay_share).backward()
@@ -1218,16 +1254,16 @@ def optimizer_step(optimizer: torch.optim.Optimizer, cfg: Config) -> float:
 # =============================================================================================
 
 
-def rollout_metrics(batch: Batch, verdicts: list[tasks.Verdict], policy: Policy) -> dict:
+def rollout_metrics(rollouts: Rollouts, policy: Policy) -> dict:
     """What the verifier saw in this step."""
-    verdicts = gathered(verdicts)
+    batch, verdicts = rollouts.batch, gathered(rollouts.verdicts)
     count = len(verdicts)
     ended = (torch.isin(batch.completion, policy.stop_ids) & batch.mask).any(1)
     return {"reward": sum(v.reward for v in verdicts) / count,
             "pass_rate": sum(v.passed for v in verdicts) / count,
             "format_rate": sum(v.formatted for v in verdicts) / count,
-            "truncated": 1 - total(int(ended.sum())) / count,
-            "tokens": total(int(batch.mask.sum())),
+            "truncated": 1 - over_ranks(int(ended.sum())) / count,
+            "tokens": over_ranks(int(batch.mask.sum())),
             "reasons": dict(sorted(Counter(v.reason.split(":")[0].rstrip(" 0123456789")
                                            for v in verdicts).items()))}
 
@@ -1242,15 +1278,17 @@ def gap_metrics(parts: list[Experience], tied: Tensor) -> dict[str, float]:
             gap = part.gap[part.batch.mask & where].abs()
             sums[name] += gap.sum().item()
             counts[name] += len(gap)
-    return {"tied_rollouts": total(int(tied.sum())) / total(len(tied)),
-            **{name: total(sums[name]) / max(1, total(counts[name])) for name in sums}}
+    return {"tied_rollouts": over_ranks(int(tied.sum())) / over_ranks(len(tied)),
+            **{name: over_ranks(sums[name]) / max(1, over_ranks(counts[name])) for name in sums}}
 
 
-def sample_record(step: int, example: tasks.Example, answer: str, verdict: tasks.Verdict,
-                  advantage: float) -> dict:
-    """A rollout as people read it in samples.jsonl."""
-    return {"step": step, "id": example.id, "prompt": example.prompt, "answer": answer,
-            "reward": verdict.reward, "reason": verdict.reason, "advantage": advantage}
+def sample_records(rollouts: Rollouts, step: int, count: int) -> list[dict]:
+    """The first rollouts as people read them in samples.jsonl."""
+    columns = zip(rollouts.examples[:count], rollouts.answers, rollouts.verdicts,
+                  rollouts.advantage.tolist(), strict=False)
+    return [{"step": step, "id": example.id, "prompt": example.prompt, "answer": answer,
+             "reward": verdict.reward, "reason": verdict.reason, "advantage": advantage}
+            for example, answer, verdict, advantage in columns]
 
 
 # =============================================================================================
@@ -1281,11 +1319,11 @@ def sft_step(policy: Policy, task: tasks.Task, examples: list, state: State,
              cfg: Config) -> tuple[dict, list[dict]]:
     """The SFT baseline: as many optimiser steps on the same prompts, towards the references."""
     batch = solution_batch(policy, examples)
-    tokens = total(int(batch.mask.sum()))
+    tokens = over_ranks(int(batch.mask.sum()))
     for _ in range(cfg.epochs):
         nll = imitate(policy, policy.student, batch, tokens, cfg.micro_tokens)
         norm = optimizer_step(state.optimizer, cfg)
-    return {"nll": total(nll), "grad_norm": norm, "tokens": tokens}, []
+    return {"nll": over_ranks(nll), "grad_norm": norm, "tokens": tokens}, []
 
 
 # =============================================================================================
@@ -1339,7 +1377,7 @@ def meeting_place() -> str:
     return "cuda" if dist.get_backend() == "nccl" else "cpu"
 
 
-def total(value: int | float) -> int | float:
+def over_ranks(value: int | float) -> int | float:
     """The sum of a number over all ranks."""
     if world() == 1:
         return value
@@ -2188,7 +2226,8 @@ def train_format(policy: Policy, task: tasks.Task, cfg: Config) -> None:
     last = len(order) - world() + 1  # every rank needs an example
     for i in progress(range(0, last, cfg.prompts), "Step 1: format"):
         batch = solution_batch(policy, mine([examples[j] for j in order[i:i + cfg.prompts]]))
-        imitate(policy, policy.reference, batch, total(int(batch.mask.sum())), cfg.micro_tokens)
+        tokens = over_ranks(int(batch.mask.sum()))
+        imitate(policy, policy.reference, batch, tokens, cfg.micro_tokens)
         optimizer_step(optimizer, cfg)
     freeze(policy.model, "format")
 
@@ -2234,7 +2273,7 @@ def train(policy: Policy, task: tasks.Task, state: State, out: Path, cfg: Config
     recent, warned = deque(maxlen=PATIENCE), set()
     print(log_header())
     with StopRequest() as stop:
-        while state.step < cfg.steps and not total(int(stop.asked)):
+        while state.step < cfg.steps and not over_ranks(int(stop.asked)):
             started = time.perf_counter()
             metrics, samples = one_step(policy, task, state, out, cfg)
             state.step += 1
@@ -2605,26 +2644,16 @@ def inspect(cfg: Config) -> None:
 @torch.no_grad()
 def credited(policy: Policy, task: tasks.Task, examples: list, cfg: Config) -> list[list[Rollout]]:
     """K rollouts of each example, and what `train_step` finds out about them before it learns."""
-    prompts = [policy.encode(example.prompt) for example in examples]
-    generator = seeded("rollouts", cfg.seed, 0)
-    batch = sample(policy, policy.student, prompts, cfg.rollouts, cfg, generator)
-    rows = [example for example in examples for _ in range(cfg.rollouts)]
-    answers = policy.decode(batch)
-    verdicts = verify_all(task.verify, rows, answers)
-    reward = torch.tensor([float(v.reward) for v in verdicts], device=policy.device)
-    advantage = group_advantage(reward, cfg.rollouts)
-    if cfg.method == "opd":  # blind distillation looks at no verdict
-        advantage = torch.zeros_like(advantage)
-    gate, found = GATES[cfg.gate](advantage), {}
-    for part in ask_reference(policy, batch, cfg):
-        part.advantage = advantage[part.index.to(advantage.device)]
-        part.logp_teacher = ask_teacher(policy, part, rows, cfg)
+    rollouts, found = collect_rollouts(policy, task, examples, 0, cfg), {}
+    gates = GATES[cfg.gate](rollouts.advantage).tolist()
+    for part in rollouts.parts:
         columns = token_columns(policy, part, cfg)
         for i, ids, values in zip(part.index.tolist(), part.batch.answers(), columns, strict=True):
-            found[i] = Rollout(rows[i], answers[i], verdicts[i], advantage[i].item(),
-                               gate[i].item(), token_texts(policy, ids), values[:, :len(ids)])
+            found[i] = Rollout(rollouts.examples[i], rollouts.answers[i], rollouts.verdicts[i],
+                               rollouts.advantage[i].item(), gates[i], token_texts(policy, ids),
+                               values[:, :len(ids)])
     return [[found[i + k] for k in range(cfg.rollouts)]
-            for i in range(0, len(rows), cfg.rollouts)]
+            for i in range(0, len(found), cfg.rollouts)]
 
 
 def token_columns(policy: Policy, part: Experience, cfg: Config) -> Tensor:
@@ -2908,7 +2937,7 @@ def bench_learning(policy: Policy, batch: Batch, examples: list, state: State,
     def size(result) -> int:
         return tokens_in(batch)
 
-    parts = timed("reference", "tokens", size, ask_reference, policy, batch, cfg)
+    parts = timed("reference", "tokens", size, split_and_ask_reference, policy, batch, cfg)
     if has_teacher(cfg):
         read = timed("teacher", "tokens", size, lambda: [ask_teacher(policy, part, rows, cfg)
                                                          for part in parts])
