@@ -242,7 +242,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line, made from Config: every field is an option."""
     parser = argparse.ArgumentParser(
         prog="vcopd.py", argument_default=argparse.SUPPRESS, allow_abbrev=False,
-        usage="vcopd.py --task {arithmetic,codeedit} [options]",
+        usage=f"vcopd.py --task {{{','.join(sorted(tasks.TASKS))}}} [options]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Teach a language model a new skill without forgetting (VC-OPD).\n\n"
                     "  python vcopd.py --task codeedit              7 min on 2 cores, then 3\n"
@@ -335,7 +335,7 @@ def read_config(arguments: list[str]) -> tuple[Config, bool]:
     if (method == "opd" or "compare" in said) and said.get("teacher") == "none":
         usage_error("--method opd learns from the teacher alone: leave out --teacher none")
     tiny = TINY if said.get("model", "tiny") == "tiny" else {}
-    cfg = Config(**{**tiny, **tasks.PRESETS[task], **METHODS[method], **said})
+    cfg = Config(**{**tiny, **tasks.PRESETS.get(task, {}), **METHODS[method], **said})
     check_use(said, cfg)
     return replace(cfg, out=cfg.out or f"runs/{cfg.task}-{kind_of(cfg)}"), False
 
