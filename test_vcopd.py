@@ -3795,7 +3795,7 @@ def test_the_task_of_the_readme_trains_when_it_is_pasted(base, tmp_path):
     (tmp_path / "tasks.py").write_text(pasted, "utf-8")
     command = options(base, tmp_path / "run", "--task", "sort", "--steps", "2")
     done = subprocess.run([sys.executable, tmp_path / "vcopd.py", *command], capture_output=True,
-                          text=True, timeout=120)
+                          text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     steps = (tmp_path / "run/metrics.jsonl").read_text("utf-8").splitlines()
     assert [json.loads(line)["reasons"].keys() for line in steps] == [{"wrong order"}] * 2
