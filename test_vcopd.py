@@ -16,6 +16,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -258,8 +259,62 @@ def test_every_equation_is_named_on_exactly_one_line_of_code(number):
 
 def test_the_readme_names_every_equation_once_too():
     """The page is read first: its numbered steps must cover what the code does."""
-    page = (Path(vcopd.__file__).parent / "README.md").read_text("utf-8")
-    assert sorted(map(int, re.findall(r"# Eq\. (\d+)\b", page))) == list(EQUATIONS)
+    assert sorted(map(int, re.findall(r"# Eq\. (\d+)\b", readme()))) == list(EQUATIONS)
+
+
+def readme() -> str:
+    """The page."""
+    return (Path(vcopd.__file__).parent / "README.md").read_text("utf-8")
+
+
+def readme_task() -> str:
+    """The code block of a new task that the page tells its readers to paste."""
+    blocks = re.findall(r"^```python\n(.*?)^```$", readme(), re.MULTILINE | re.DOTALL)
+    [code] = [block for block in blocks if 'TASKS["sort"] =' in block]
+    return code
+
+
+@functools.cache
+def all_tasks() -> dict:
+    """The built-in tasks, and the page's in a copy of the module's names: nothing leaks."""
+    space = {**vars(tasks), "TASKS": dict(tasks.TASKS)}
+    exec(readme_task(), space)
+    return space["TASKS"]
+
+
+@functools.cache
+def built(name: str) -> tasks.Task:
+    """One of them, built once: code edits take seconds."""
+    return all_tasks()[name]()
+
+
+def readme_commands() -> list[str]:
+    """Every command line on the page, and every option that stands there with its value."""
+    found = re.findall(r"(?:vcopd\.py |`)(--[^`#&\n]+ [^`#&\n]+|--resume RUN)", readme())
+    return [line.strip() for line in found]
+
+
+@pytest.mark.parametrize("line", dict.fromkeys(readme_commands()))
+def test_every_command_of_the_readme_is_accepted(line, tmp_path, monkeypatch):
+    """A page goes out of date in silence: an option that was renamed must fail here first."""
+    monkeypatch.chdir(tmp_path)
+    Path("RUN").mkdir()
+    Path("RUN/config.json").write_text(json.dumps(asdict(vcopd.Config())), "utf-8")
+    words = {"N": "1", "sort": "arithmetic"}  # placeholders, and what a reader has to paste first
+    cfg, resuming = vcopd.read_config([words.get(word, word) for word in shlex.split(line)])
+    assert cfg.out and resuming == ("RUN" in line)
+
+
+def test_every_option_and_function_that_the_readme_names_exists():
+    """Bare names too, as in `--lr` or in the answers to the exercises."""
+    parser = vcopd.build_parser()
+    known = {flag for action in parser._actions for flag in action.option_strings}
+    assert set(re.findall(r"`(--[a-z-]+)", readme())) <= known
+    answers = readme().split("## Exercises")[1].split("</details>")[0]
+    names = set(re.findall(r"`([A-Za-z_]\w*(?:\.\w+)?)`", answers))
+    spoken = Path(vcopd.__file__).read_text("utf-8") + Path(tasks.__file__).read_text("utf-8")
+    assert len(names) > 10
+    assert not [name for name in names if not re.search(rf"\b{re.escape(name)}\b", spoken)]
 
 
 def test_requirements_stand_in_the_header_too():
@@ -3958,12 +4013,29 @@ def alive(group: int) -> list[str]:
 @pytest.fixture(scope="module")
 def edits() -> tasks.Task:
     """The code-edit task as it ships."""
-    return tasks.code_edit()
+    return built("codeedit")
 
 
 def splits(task: tasks.Task) -> dict[str, list[tasks.Example]]:
     """All problems of the new skill by the split they are in."""
     return {"train": task.train, "validation": task.validation[0], **task.evals}
+
+
+ALL_TASKS = pytest.mark.parametrize("name", ["arithmetic", "codeedit", "sort"])  # sort: README
+
+
+@ALL_TASKS
+def test_references_pass_silence_fails_and_no_split_shares_a_problem(name):
+    """What every task owes its user, the one that the page teaches to write among them."""
+    task = built(name)
+    prompts = [example.prompt for examples in splits(task).values() for example in examples]
+    assert len(set(prompts)) == len(prompts)
+    for example in [e for examples in splits(task).values() for e in examples[:10]]:
+        assert task.verify(example, example.reference).reward == 1.0
+        assert task.verify(example, "").reward == -1.0
+    rng = random.Random(0)
+    read = {task.corpus(rng)[0].split("\n\nA right answer:")[0] for _ in range(200)}
+    assert not read & set(prompts[len(task.train):])
 
 
 def test_there_are_enough_families_and_bugs_and_the_unseen_ones_are_others():
@@ -4041,15 +4113,15 @@ def test_the_web_holds_noisy_repairs_of_training_programs_only(edits):
     assert abs(unfixed / len(plain) - tasks.WEB["unfixed"] / 100) < 0.06
 
 
-@pytest.mark.parametrize("name", ["arithmetic", "codeedit"])
+@ALL_TASKS
 def test_a_task_is_the_same_every_time(name):
-    assert tasks.TASKS[name]() == tasks.TASKS[name]()
+    assert all_tasks()[name]() == built(name)
 
 
-@pytest.mark.parametrize("name", ["arithmetic", "codeedit"])
+@ALL_TASKS
 def test_old_skills_are_seven_and_no_prompt_is_used_twice(name):
     """Anchors are trained on: a benchmark that shared a prompt would measure nothing."""
-    task = tasks.TASKS[name]()
+    task = built(name)
     lists = [task.anchors, task.benchmark, task.validation[1]]
     prompts = [example.prompt for examples in lists for example in examples]
     assert len(set(prompts)) == len(prompts)
@@ -4069,6 +4141,19 @@ def test_the_checkers_of_old_skills_are_exact(edits):
         assert talk.passed == (one.skill in ("chat", "knowledge"))
         if one.skill != two.skill:
             assert not tasks.verify_skill(one, two.reference).passed
+
+
+def test_the_task_of_the_readme_trains_when_it_is_pasted(base, tmp_path):
+    """As a reader does it: at the end of tasks.py, and then by its name in a new process."""
+    shutil.copy(vcopd.__file__, tmp_path)
+    pasted = Path(tasks.__file__).read_text("utf-8") + "\n\n" + readme_task()
+    (tmp_path / "tasks.py").write_text(pasted, "utf-8")
+    command = options(base, tmp_path / "run", "--task", "sort", "--steps", "2")
+    done = subprocess.run([sys.executable, tmp_path / "vcopd.py", *command], capture_output=True,
+                          text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    steps = (tmp_path / "run/metrics.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(line)["reasons"].keys() for line in steps] == [{"wrong order"}] * 2
 
 
 def test_sums_are_right_and_no_split_shares_one():
