@@ -317,6 +317,14 @@ def test_every_option_and_function_that_the_readme_names_exists():
     assert not [name for name in names if not re.search(rf"\b{re.escape(name)}\b", spoken)]
 
 
+def test_the_method_fits_one_sitting():
+    """Part I is what a reader reads: what is not the method belongs behind it."""
+    lines = Path(vcopd.__file__).read_text("utf-8").splitlines()
+    [start] = [i for i, line in enumerate(lines) if line.startswith("#   PART I ")]
+    [end] = [i for i, line in enumerate(lines) if line.startswith("#   PART II ")]
+    assert end - start <= 450
+
+
 def test_requirements_stand_in_the_header_too():
     """`uv run vcopd.py` and `pip install -r requirements.txt` must install the same."""
     folder = Path(vcopd.__file__).parent
