@@ -181,7 +181,7 @@ def ask(trainer: io.BufferedRWPair, link: io.BufferedRWPair, name: str, *args: o
     except Exception:
         fail(trainer, "undecodable result")
     if isinstance(error, type) and issubclass(error, RAISABLE):
-        raise error("raised by the candidate")
+        raise error.__new__(error, "raised by the candidate")  # some need more for their __init__
     if kind != "value":
         fail(trainer, detail)
     return value
@@ -358,6 +358,7 @@ UNSAFE_JUDGE = False  # True: run candidates even where the kernel cannot keep t
 REASON = re.compile(r"\w[\w ]{0,80}")  # what a candidate's process may say about itself
 WHOLE = {"memory", "too much output", "undecodable result"}  # said without the test's number
 START_SECONDS = 20.0  # far above what a server needs to start, or to answer for itself
+THIS_FILE = Path(__file__).read_text(encoding="utf-8")  # now, lest a later edit mix two versions
 TAKING = threading.Lock()  # held while taking servers: two who want all must not share them out
 
 
@@ -438,11 +439,9 @@ def exchange(ours: socket.socket, message: bytes, deadline: float) -> tuple[byte
     return bytes(reply), time.monotonic() >= deadline
 
 
-@functools.cache
 def server_program() -> str:
-    """The first part of this file, read once so that a later edit cannot mix two versions."""
-    text = Path(__file__).read_text(encoding="utf-8")
-    return text.partition("# ---- end of the server's program ----")[0] + "serve()\n"
+    """The first part of this file."""
+    return THIS_FILE.partition("# ---- end of the server's program ----")[0] + "serve()\n"
 
 
 @functools.cache
@@ -590,7 +589,6 @@ def run_script(code: str, entry_point: str, test_code: str, seconds: float = 3.0
 # edit. An answer may hold nothing suspect that the buggy source does not hold just so.
 # ===============================================================================================
 
-MAX_SOURCE = 20_000  # characters; nothing longer is parsed in this process
 MAX_HEIGHT = 100  # levels of the parse tree; all that works on it is recursive
 BANNED = re.compile(
     r"exec|eval|compile|open|globals|locals|vars|[gs]etattr|delattr|input|breakpoint|exit|quit"
@@ -603,17 +601,15 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 def static_gate(answer: str, buggy: str) -> str:
     """'' or "gate: why" `answer` is no honest edit of `buggy`, which must parse."""
-    if len(answer) > min(4 * len(buggy) + 2000, MAX_SOURCE):
+    if len(answer) > 4 * len(buggy) + 2000:
         return "gate: too long"
-    source = ast.parse(buggy)
+    source, tree = parse(buggy), parse(answer)
+    if tree is None:
+        return "gate: does not parse"
     nodes = list(ast.walk(source))
     own = {node.arg for node in nodes if isinstance(node, ast.arg)}
     own |= {node.id for node in nodes if isinstance(getattr(node, "ctx", 0), ast.Store)
             and isinstance(node, ast.Name)}  # fmt: skip
-    try:
-        tree = ast.parse(answer)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return "gate: does not parse"
     if height(tree) > max(MAX_HEIGHT, height(source)):
         return "gate: too deeply nested"
     added = Counter(suspects(tree, own)) - Counter(suspects(source, own))
@@ -687,9 +683,15 @@ def layout(block: object) -> Iterator[tuple[str, str]]:
 
 
 def ends(node: ast.stmt) -> bool:
-    """Whether control surely never passes a statement."""
+    """Whether control never passes a statement. (A `with` could swallow an exception and pass, but
+    then an answer could hide the old code below a `return` in one.)"""
     if isinstance(node, ast.If):
         return any(map(ends, node.body)) and any(map(ends, node.orelse))
+    if isinstance(node, (ast.With, ast.AsyncWith)):
+        return any(map(ends, node.body))
+    if isinstance(node, (ast.Try, ast.TryStar)):
+        ways = [node.body + node.orelse, *(handler.body for handler in node.handlers)]
+        return any(map(ends, node.finalbody)) or all(any(map(ends, way)) for way in ways)
     if is_endless(node):
         return not any(isinstance(inner, ast.Break) for inner in ast.walk(node))
     return isinstance(node, (ast.Return, ast.Raise, ast.Break, ast.Continue))
@@ -978,10 +980,12 @@ def complete(code: str, shown: str) -> str:
 
     Asked for the corrected function only, a model rightly omits imports and helpers.
     """
-    defined = {node.name for node in parse(code).body if isinstance(node, FUNCTIONS)}
+    body = parse(code).body
+    defined = {node.name for node in body if isinstance(node, FUNCTIONS)}
+    present = {ast.unparse(node) for node in body if not isinstance(node, FUNCTIONS)}
     missing = [ast.unparse(node) for node in parse(shown).body
                if getattr(node, "name", None) not in defined]
-    return "\n".join([text for text in missing if text not in code] + [code])
+    return "\n".join([text for text in missing if text not in present] + [code])
 
 
 def read_answer(example: Example, completion: str) -> tuple[str, str]:
