@@ -66,7 +66,7 @@ SYSCALLS = {  # machine: (its number in the filter's data, the calls' numbers)
                             202, 228, 231, 318)),
     "aarch64": (0xC00000B7, (63, 64, 57, 80, 62, 222, 226, 215, 214, 134, 135, 139, 66, 124, 216,
                              233, 93, 169, 132, 98, 113, 94, 278)),
-}  # fmt: skip
+}
 
 
 def encode(value: object, depth: int = 0) -> object:
@@ -110,7 +110,7 @@ def parse_line(line: bytes) -> object:
     Numbers are never sent, and stay the strings they are: a long one would take long to convert."""
     try:
         return json.loads(line.decode("ascii"), object_pairs_hook=list, parse_int=str,
-                          parse_float=str, parse_constant=str)  # fmt: skip
+                          parse_float=str, parse_constant=str)
     except RecursionError:
         raise ValueError("too deeply nested") from None
 
@@ -198,11 +198,11 @@ def examine(trainer: io.BufferedRWPair, link: io.BufferedRWPair, job: list[str])
         if loaded != []:
             fail(trainer, loaded)
         names = [node.name for node in ast.parse(code).body if isinstance(node, ast.FunctionDef)]
-        space = {name: functools.partial(ask, trainer, link, name) for name in names}
+        space = {name: partial(ask, trainer, link, name) for name in names}
         space |= vars(builtins) | {"__builtins__": builtins, "__name__": "examiner"}
         script = re.sub(r"(?m)^check\(.*", "", test_code)
         exec(compile(script, "script", "exec", dont_inherit=True), space)
-        space["check"](functools.partial(ask, trainer, link, entry_point))
+        space["check"](partial(ask, trainer, link, entry_point))
     except BaseException as error:
         fail(trainer, type(error).__name__)
     send(trainer, ["passed"])
@@ -384,7 +384,7 @@ class Server:
         try:
             with theirs:
                 self.process = subprocess.Popen(command, stdin=theirs, stdout=null, stderr=null,
-                    cwd="/", env={"PYTHONHASHSEED": "0"}, start_new_session=True)  # fmt: skip
+                    cwd="/", env={"PYTHONHASHSEED": "0"}, start_new_session=True)
             self.layers = parse_line(self.run(line_of(["layers"]), START_SECONDS, 1)[0])
         except (OSError, ValueError) as error:
             self.stop()
@@ -490,7 +490,7 @@ def run_job(message: bytes, seconds: float, processes: int) -> tuple[object, str
         with contextlib.suppress(OSError), borrow(alone) as server:
             if "seccomp" not in server.layers and not UNSAFE_JUDGE:
                 raise JudgeError(f"No seccomp filter here, only {server.layers}, so candidates "
-                    "could reach your files; --unsafe-judge runs them all the same.")  # fmt: skip
+                    "could reach your files; --unsafe-judge runs them all the same.")
             outcome = server.run(message, seconds, processes)
         if outcome and not (outcome[1] and outcome[3] < seconds / 2):
             break
@@ -545,7 +545,7 @@ def fault_of(outcome: object, want: object, from_json: bool) -> str:
 
 
 def run_tests(code: str, entry_point: str, tests: Sequence[tuple[list, object]],
-              from_json: bool = False, seconds: float = 1.0) -> str:  # fmt: skip
+              from_json: bool = False, seconds: float = 1.0) -> str:
     """Call `entry_point` of `code` on tests [(args, expected), ...]: '' when every value is right,
     else the reason of the first that is not. `seconds` is the wall limit of all calls together.
 
@@ -608,8 +608,8 @@ def static_gate(answer: str, buggy: str) -> str:
         return "gate: does not parse"
     nodes = list(ast.walk(source))
     own = {node.arg for node in nodes if isinstance(node, ast.arg)}
-    own |= {node.id for node in nodes if isinstance(getattr(node, "ctx", 0), ast.Store)
-            and isinstance(node, ast.Name)}  # fmt: skip
+    own |= {node.id for node in nodes
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     if height(tree) > max(MAX_HEIGHT, height(source)):
         return "gate: too deeply nested"
     added = Counter(suspects(tree, own)) - Counter(suspects(source, own))
@@ -754,10 +754,12 @@ def tidy(source: str) -> str:
 # =============================================================================================
 
 PARSE_LIMIT = 20_000              # bytes: CPython's parser is not made for hostile megabytes
+KEPT = 256                        # sources whose results are kept: each is read a dozen times
 PARSE_LOCK = threading.Lock()     # catch_warnings swaps a global, and verifiers run in threads
 BREAKS = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.ExceptHandler, ast.Match, ast.IfExp)
 
 
+@functools.lru_cache(KEPT)
 def parse(source: str) -> ast.Module | None:
     """The syntax tree; None where there is none, or the source is too long or too deep."""
     try:
@@ -770,6 +772,7 @@ def parse(source: str) -> ast.Module | None:
         return None
 
 
+@functools.lru_cache(KEPT)
 def code_tokens(source: str) -> list[str]:
     """Python tokens in order, comments and layout included. Never raises.
 
@@ -824,6 +827,7 @@ def changed_lines(a: str, b: str) -> int:
     return levenshtein(a.split("\n"), b.split("\n"))
 
 
+@functools.lru_cache(KEPT)
 def cognitive_complexity(source: str) -> int:
     """How hard the code is to follow, summed over its functions; 0 if it does not parse.
 
@@ -1803,14 +1807,19 @@ def make_edit(families: list[Family], operators: dict[str, int], parts: range,
             return edit_example(f"{family.name}/{bug[0]}/{entry}", bug[1], source, entry, tests)
 
 
-def edit_problems(families: list[Family], operators: dict[str, int], parts: range, count: int,
-                  seed: str) -> list[Example]:
-    """`count` different problems from the given parts, known from the seed alone."""
+def distinct(draw: Callable[[random.Random], Example], count: int, seed: str) -> list[Example]:
+    """`count` problems with different prompts, known from the seed alone."""
     rng, found = random.Random(seed), {}
     while len(found) < count:
-        example = make_edit(families, operators, parts, rng)
+        example = draw(rng)
         found[example.prompt] = example
     return list(found.values())
+
+
+def edit_problems(families: list[Family], operators: dict[str, int], parts: range, count: int,
+                  seed: str) -> list[Example]:
+    """`count` different problems from the given parts."""
+    return distinct(partial(make_edit, families, operators, parts), count, seed)
 
 
 # =============================================================================================
@@ -1991,9 +2000,9 @@ def renamed(source: str, rng: random.Random) -> str:
     """The same function with one of its variables called otherwise: right, but over-edited."""
     used = [name for pool in NAMES.values() for name in pool
             if re.search(rf"\n.*\b{name}\b", source.split('"""')[-1])]
-    old = rng.choice(used or ["x"])
+    old = rng.choice(used)
     new = rng.choice([name for pool in NAMES.values() if old in pool for name in pool
-                      if name not in used] or [old])
+                      if name not in used])
     return re.sub(rf"\b{old}\b", new, source)
 
 
@@ -2037,10 +2046,9 @@ FORMS_UNSEEN = ["a - b * c", "a + b * c - d"]
 
 def first_operation(terms: list[str], misread: bool) -> int:
     """Index of the operator to work out first: products, then left to right - or misread."""
-    products = [i for i in range(1, len(terms), 2) if terms[i] == "*"]
     if misread:
         return 3 if terms[1:4:2] == ["-", "+"] else 1
-    return products[0] if products else 1
+    return terms.index("*") if "*" in terms else 1
 
 
 def worked(sum_text: str, misread: bool) -> str:
@@ -2077,12 +2085,8 @@ def sum_example(text: str) -> Example:
 
 
 def sums(forms: list[str], parts: range, count: int, seed: str) -> list[Example]:
-    """`count` different sums, known from the seed alone."""
-    rng, found = random.Random(seed), {}
-    while len(found) < count:
-        text = draw_sum(forms, parts, rng)
-        found[text] = sum_example(text)
-    return list(found.values())
+    """`count` different sums from the given parts."""
+    return distinct(lambda rng: sum_example(draw_sum(forms, parts, rng)), count, seed)
 
 
 def sum_document(rng: random.Random) -> tuple[str, str]:
