@@ -78,7 +78,12 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Task:
-    """What a training run needs to know of a skill. To add one, write a function that makes it."""
+    """What a training run needs to know of a skill.
+
+    `verify` must give a verdict on any text and never raise. It is called from several threads at
+    once. It pays a failure -1 and a pass 0 to 1; old skills, judged by `verify_skill` whatever the
+    task, score 0 or 1.
+    """
 
     name: str
     verify: Callable[[Example, str], Verdict]
@@ -96,11 +101,11 @@ def privileged_prompt(example: Example) -> str:
     return f"{example.prompt}\n\nA right answer:\n{example.hint}"
 
 
-TRAIN, VALID, TEST = range(0, 6), range(6, 8), range(8, 10)  # parts of all programs and sums
+TRAIN, VALID, TEST = range(0, 6), range(6, 8), range(8, 10)  # tenths of all programs and sums
 
 
-def part_of(text: str) -> int:
-    """0-9, fixed by the bug-free program: a split shares none with others or with pretraining."""
+def tenth_of(text: str) -> int:
+    """0-9, fixed by the sum or bug-free program: splits share none, and pretraining has TRAIN."""
     return zlib.crc32(text.encode()) % 10
 
 
@@ -152,7 +157,7 @@ def draw_sum(forms: list[str], parts: range, rng: random.Random) -> str:
     """A sum of one of the forms, from the given parts of all sums."""
     while True:
         text = re.sub("[a-d]", lambda _: str(rng.randint(1, 5)), rng.choice(forms))
-        if part_of(text) in parts:
+        if tenth_of(text) in parts:
             return text
 
 
@@ -676,7 +681,7 @@ def draw_input(kind: str, rng: random.Random):
     return [draw_input("word", rng) for _ in range(rng.randint(1, 5))]
 
 
-def changed(node: ast.AST, **parts) -> ast.AST:
+def with_fields(node: ast.AST, **parts) -> ast.AST:
     """A copy of a node with some of its fields replaced."""
     node = copy.copy(node)
     for field_name, value in parts.items():
@@ -708,27 +713,27 @@ def expression_bugs(node: ast.AST, names: list[str]) -> Iterator[tuple[str, ast.
     """What could be wrong with an expression: (bug operator, changed node) pairs."""
     match node:
         case ast.Name(name, ast.Load()) if name in names:
-            yield from (("identifier", changed(node, id=one)) for one in names if one != name)
+            yield from (("identifier", with_fields(node, id=one)) for one in names if one != name)
         case ast.Constant(bool(value)):
-            yield "boolean", changed(node, value=not value)
+            yield "boolean", with_fields(node, value=not value)
         case ast.Constant(int(value)):
-            yield from (("constant", changed(node, value=value + step)) for step in (-1, 1))
+            yield from (("constant", with_fields(node, value=value + step)) for step in (-1, 1))
         case ast.Compare(left, [op], [right]):
-            yield "comparison", changed(node, ops=[FLIPPED[type(op)]()])
+            yield "comparison", with_fields(node, ops=[FLIPPED[type(op)]()])
             yield "condition", ast.UnaryOp(ast.Not(), node)
-            yield from (("operand", changed(node, comparators=[ast.Name(name)]))
+            yield from (("operand", with_fields(node, comparators=[ast.Name(name)]))
                         for name in names if not isinstance(right, ast.Name))
-            yield "swapped_operands", changed(node, left=right, comparators=[left])
+            yield "swapped_operands", with_fields(node, left=right, comparators=[left])
         case ast.BinOp(left, op, right):
-            yield "operator", changed(node, op=FLIPPED[type(op)]())
-            yield from (("operand", changed(node, right=ast.Name(name)))
+            yield "operator", with_fields(node, op=FLIPPED[type(op)]())
+            yield from (("operand", with_fields(node, right=ast.Name(name)))
                         for name in names if not isinstance(right, ast.Name))
-            yield "swapped_operands", changed(node, left=right, right=left)
+            yield "swapped_operands", with_fields(node, left=right, right=left)
         case ast.Subscript(_, ast.Slice(lower, upper)):
-            yield "slice", changed(node, slice=ast.Slice(upper, lower))
+            yield "slice", with_fields(node, slice=ast.Slice(upper, lower))
         case ast.Subscript(_, ast.UnaryOp() | ast.Constant()):
             at = ast.literal_eval(node.slice)
-            yield from (("index", changed(node, slice=ast.Constant(new)))
+            yield from (("index", with_fields(node, slice=ast.Constant(new)))
                         for new in (-1, 0, 1) if new != at)
 
 
@@ -736,34 +741,34 @@ def call_bugs(node: ast.AST, names: list[str]) -> Iterator[tuple[str, ast.AST]]:
     """What could be wrong with a call."""
     match node:
         case ast.Call(ast.Name("range"), [*first, ast.BinOp(bound, ast.Add(), _)]):
-            yield "range_bound", changed(node, args=[*first, bound])
+            yield "range_bound", with_fields(node, args=[*first, bound])
         case ast.Call(ast.Name("range"), [*first, bound]):
-            yield from (("range_bound", changed(node, args=[*first, ast.BinOp(
+            yield from (("range_bound", with_fields(node, args=[*first, ast.BinOp(
                 bound, op(), ast.Constant(1))])) for op in (ast.Add, ast.Sub))
         case ast.Call(ast.Name(name), [inner]):
             if name in CONFUSED:
-                yield "call", changed(node, func=ast.Name(CONFUSED[name]))
+                yield "call", with_fields(node, func=ast.Name(CONFUSED[name]))
             yield "missing_call", inner
-            yield from (("argument_swap", changed(node, args=[ast.Name(other)])) for other in names
-                        if ast.unparse(inner) != other)
+            yield from (("argument_swap", with_fields(node, args=[ast.Name(other)]))
+                        for other in names if ast.unparse(inner) != other)
         case ast.Call(ast.Name(name), [one, two]):
-            yield "call", changed(node, func=ast.Name(CONFUSED[name]))
-            yield from (("argument_swap", changed(node, args=pair))
+            yield "call", with_fields(node, func=ast.Name(CONFUSED[name]))
+            yield from (("argument_swap", with_fields(node, args=pair))
                         for pair in ([one, one], [two, two]))
         case ast.Call(ast.Attribute(_, name)) if name in CONFUSED:
-            yield "method", changed(node, func=changed(node.func, attr=CONFUSED[name]))
+            yield "method", with_fields(node, func=with_fields(node.func, attr=CONFUSED[name]))
 
 
 def statement_bugs(node: ast.AST, names: list[str]) -> Iterator[tuple[str, ast.AST]]:
     """What could be wrong with a statement, or with the whole function."""
     match node:
         case ast.Assign([ast.Name()], ast.Constant(int(value))):
-            yield "start", changed(node, value=ast.Constant(1 - value if value < 2 else 0))
+            yield "start", with_fields(node, value=ast.Constant(1 - value if value < 2 else 0))
         case ast.AugAssign(target, op, value):
             yield "accumulate", ast.Assign([target], value, lineno=1)
-            yield "operator", changed(node, op=FLIPPED[type(op)]())
+            yield "operator", with_fields(node, op=FLIPPED[type(op)]())
         case ast.FunctionDef(_, _, [*before, ast.For() as loop, ast.Return() as end]):
-            yield "early_return", changed(node, body=[*before, changed(
+            yield "early_return", with_fields(node, body=[*before, with_fields(
                 loop, body=[*loop.body, end])])
 
 
@@ -832,7 +837,7 @@ def make_edit(families: list[Family], operators: dict[str, int], parts: range,
     while True:
         family = rng.choice(families)
         source, entry = instantiate(family, rng)
-        bug = draw_bug(source, operators, rng) if part_of(source) in parts else None
+        bug = draw_bug(source, operators, rng) if tenth_of(source) in parts else None
         if bug is None:
             continue
         inputs = [[draw_input(kind, rng) for kind in family.kinds] for _ in range(8)]
@@ -887,7 +892,7 @@ def format_error(code: str, shown: str, entry_point: str) -> str:
     At the top level it may hold functions, imports and the lines that `shown` has there too.
     The rest is text around the function, also where it happens to parse.
     """
-    tree = parse(code)
+    tree = parse_python(code)
     if tree is None:
         return f"not Python of at most {PARSE_LIMIT:,} bytes"
     if entry_point not in {node.name for node in tree.body if isinstance(node, FUNCTIONS)}:
@@ -898,7 +903,7 @@ def format_error(code: str, shown: str, entry_point: str) -> str:
 def loose_lines(source: str) -> set[str]:
     """Lines at the top level that belong to no function and no import, comments included."""
     inside, outside = set(), set()
-    for node in parse(source).body:
+    for node in parse_python(source).body:
         first = min(part.lineno for part in [node, *getattr(node, "decorator_list", [])])
         home = isinstance(node, (*FUNCTIONS, ast.Import, ast.ImportFrom))
         (inside if home else outside).update(range(first, node.end_lineno + 1))
@@ -908,7 +913,7 @@ def loose_lines(source: str) -> set[str]:
 
 
 @functools.lru_cache(KEPT)
-def parse(source: str) -> ast.Module | None:
+def parse_python(source: str) -> ast.Module | None:
     """The syntax tree; None where there is none, or the source is too long or too deep."""
     try:
         if len(source.encode()) > PARSE_LIMIT:
@@ -940,7 +945,7 @@ def static_gate(answer: str, buggy: str) -> str:
     """'' or "gate: why" `answer` is no honest edit of `buggy`, which must parse."""
     if len(answer) > 4 * len(buggy) + 2000:
         return "gate: too long"
-    source, tree = parse(buggy), parse(answer)
+    source, tree = parse_python(buggy), parse_python(answer)
     if tree is None:
         return "gate: does not parse"
     nodes = list(ast.walk(source))
@@ -1041,7 +1046,7 @@ def ends(node: ast.stmt) -> bool:
 
 def run_example(example: Example, code: str) -> str:
     """The judge's word on an answer: "ok", or why it fails."""
-    code = complete(code, example.buggy)
+    code = put_back_omitted(code, example.buggy)
     if example.test_code:
         fault = run_script(code, example.entry_point, example.test_code)
     else:
@@ -1049,15 +1054,15 @@ def run_example(example: Example, code: str) -> str:
     return "ok" if fault == "" else str(fault)       # a judge that says None has passed nobody
 
 
-def complete(code: str, shown: str) -> str:
+def put_back_omitted(code: str, shown: str) -> str:
     """`code` below whatever `shown` has at the top and `code` left out.
 
     Asked for the corrected function only, a model rightly omits imports and helpers.
     """
-    body = parse(code).body
+    body = parse_python(code).body
     defined = {node.name for node in body if isinstance(node, FUNCTIONS)}
     present = {ast.unparse(node) for node in body if not isinstance(node, FUNCTIONS)}
-    missing = [ast.unparse(node) for node in parse(shown).body
+    missing = [ast.unparse(node) for node in parse_python(shown).body
                if getattr(node, "name", None) not in defined]
     return "\n".join([text for text in missing if text not in present] + [code])
 
@@ -1165,7 +1170,7 @@ def cognitive_complexity(source: str) -> int:
     operator sequences, not three; only direct recursion counts; decorators nest like other
     functions. The walk keeps its own stack because 1,600 `elif` fit into an answer.
     """
-    tree = parse(source)
+    tree = parse_python(source)
     # A function nests its body by one; for those at the top (or in a class) this must give 0.
     outer = (*FUNCTIONS, ast.ClassDef)
     todo = [(node, -isinstance(node, outer)) for node in tree.body] if tree else []
@@ -1216,7 +1221,7 @@ def formatting_kept(answer: str, buggy: str, reference: str) -> float:
 
 def statement_kinds(source: str) -> list[type]:
     """The types of the statements, breadth first; [] if the source does not parse."""
-    tree = parse(source)
+    tree = parse_python(source)
     return [type(node) for node in ast.walk(tree) if isinstance(node, ast.stmt)] if tree else []
 
 
@@ -1529,20 +1534,20 @@ def edit_from_row(row: dict) -> Example:
     if "instruction" in row and not head:      # that of HumanEvalPack asks for another task
         prompt = f"{text_field(row, 'instruction')}\n\n{example.buggy}"
         example = replace(example, prompt=prompt)
-    return checked(replace(example, from_json=bool(tests)), fields[1], fields[2])
+    return require_format(replace(example, from_json=bool(tests)), fields[1], fields[2])
 
 
 def program_from_row(row: dict) -> Example:
     """A HumanEval row: its prompt is a function with a docstring for its body."""
     shown, body = text_field(row, "prompt"), text_field(row, "canonical_solution")
-    return checked(Example(
+    return require_format(Example(
         text_field(row, "task_id"), f"{PROGRAM_PROMPT}\n\n{tidy(shown)}", tidy(shown + body),
         hint=tidy(shown + body), skill="programs", buggy=tidy(shown),
         entry_point=text_field(row, "entry_point"), test_code=script_field(row, "test")),
         "prompt", "canonical_solution")
 
 
-def checked(example: Example, shown: str, reference: str) -> Example:
+def require_format(example: Example, shown: str, reference: str) -> Example:
     """The example, if the format rule accepts the two sources that the named fields gave."""
     for field, source in ((shown, example.buggy), (reference, example.reference)):
         if why := format_error(source, example.buggy, example.entry_point):
@@ -1625,7 +1630,7 @@ def run_tests(code: str, entry_point: str, tests: Sequence[tuple[list, object]],
     message = line_of(["candidate", code, entry_point]) + line_of(calls)
     reply, fault = run_job(message, seconds, processes=1)
     if fault or type(reply) is not list or len(reply) != len(tests):
-        return fault or clean(reply)
+        return fault or safe_reason(reply)
     faults = [fault_of(one, want, from_json) for one, want in zip(reply, wants, strict=True)]
     for i, fault in sorted(zip(order, faults, strict=True)):
         if fault:
@@ -1644,7 +1649,7 @@ def run_script(code: str, entry_point: str, test_code: str, seconds: float = 3.0
     reply, fault = run_job(message, seconds, processes=2)
     if fault or reply == ["passed"]:
         return fault
-    return clean(reply[-1] if type(reply) is list and reply else reply)
+    return safe_reason(reply[-1] if type(reply) is list and reply else reply)
 
 
 def fault_of(outcome: object, want: object, from_json: bool) -> str:
@@ -1652,13 +1657,13 @@ def fault_of(outcome: object, want: object, from_json: bool) -> str:
     try:
         kind, detail = outcome
         if kind == "value":
-            return "" if same(detail, want, from_json) else "wrong value"
-        return clean(detail)
+            return "" if same_value(detail, want, from_json) else "wrong value"
+        return safe_reason(detail)
     except (TypeError, ValueError, OverflowError, RecursionError):
         return "undecodable result"
 
 
-def same(got: object, want: object, from_json: bool) -> bool:
+def same_value(got: object, want: object, from_json: bool) -> bool:
     """Whether an untrusted encoded value equals the expected one: same exact types, floats within
     1e-9, NaN equal to nothing; with `from_json` tuples are lists. Some Exception if malformed."""
     if type(got) is not list or type(want) is not list or len(got) != len(want):
@@ -1672,10 +1677,10 @@ def same(got: object, want: object, from_json: bool) -> bool:
         return all(math.isclose(*pair, rel_tol=1e-9, abs_tol=1e-12) for pair in pairs)
     if kind in ("set", "frozenset", "dict"):
         got_parts, want_parts = (sorted(parts, key=json.dumps) for parts in (got_parts, want_parts))
-    return all(same(*pair, from_json) for pair in zip(got_parts, want_parts, strict=True))
+    return all(same_value(*pair, from_json) for pair in zip(got_parts, want_parts, strict=True))
 
 
-def clean(fault: object) -> str:
+def safe_reason(fault: object) -> str:
     """A fault in the words of a candidate's process -> safe words, never empty."""
     if type(fault) is not str or not REASON.fullmatch(fault):
         return "undecodable result"
@@ -1926,12 +1931,12 @@ def answer_calls(channel: io.BufferedRWPair, code: str, entry_point: str) -> Non
     """Candidate process: to each message [[name, args], ...] answer the list of outcomes, or a
     fault if the code did not load."""
     space = {"__name__": "candidate"}
-    fault = load(code, entry_point, space)
+    fault = load_candidate(code, entry_point, space)
     for line in channel:
-        send(channel, fault or [call(space, *one) for one in parse_line(line)])
+        send(channel, fault or [call_candidate(space, *one) for one in parse_line(line)])
 
 
-def load(code: str, entry_point: str, space: dict) -> str:
+def load_candidate(code: str, entry_point: str, space: dict) -> str:
     """Execute the candidate's code in `space`: '' or what went wrong."""
     try:
         program = compile(code, "candidate", "exec", dont_inherit=True)
@@ -1944,7 +1949,7 @@ def load(code: str, entry_point: str, space: dict) -> str:
     return "" if callable(space.get(entry_point)) else f"no function {entry_point}"
 
 
-def call(space: dict, name: str, args: object) -> list:
+def call_candidate(space: dict, name: str, args: object) -> list:
     """One call, with fresh arguments -> ["value", encoded at once, as later calls may change it]
     or ["fault", why]."""
     try:
@@ -1959,7 +1964,8 @@ def call(space: dict, name: str, args: object) -> list:
 
 def examine(trainer: io.BufferedRWPair, link: io.BufferedRWPair, job: list[str]) -> None:
     """Examiner process: run the script, then `check(candidate)` once. The candidate's code is only
-    parsed here: functions that a script uses but does not define are the candidate's, by `ask`."""
+    parsed here: functions that a script uses but does not define are the candidate's, by
+    `ask_candidate`."""
     code, entry_point, test_code = job
     send(link, ["candidate", code, entry_point])
     send(link, [])  # asks only whether the code has loaded
@@ -1968,17 +1974,18 @@ def examine(trainer: io.BufferedRWPair, link: io.BufferedRWPair, job: list[str])
         if loaded != []:
             fail(trainer, loaded)
         names = [node.name for node in ast.parse(code).body if isinstance(node, ast.FunctionDef)]
-        space = {name: partial(ask, trainer, link, name) for name in names}
+        space = {name: partial(ask_candidate, trainer, link, name) for name in names}
         space |= vars(builtins) | {"__builtins__": builtins, "__name__": "examiner"}
         script = re.sub(r"(?m)^check\(.*", "", test_code)
         exec(compile(script, "script", "exec", dont_inherit=True), space)
-        space["check"](partial(ask, trainer, link, entry_point))
+        space["check"](partial(ask_candidate, trainer, link, entry_point))
     except BaseException as error:
         fail(trainer, type(error).__name__)
     send(trainer, ["passed"])
 
 
-def ask(trainer: io.BufferedRWPair, link: io.BufferedRWPair, name: str, *args: object) -> object:
+def ask_candidate(trainer: io.BufferedRWPair, link: io.BufferedRWPair, name: str,
+                  *args: object) -> object:
     """A script's stand-in for the candidate's function: arguments go out, an exact builtin comes
     back. An ordinary exception is raised here too, for scripts that expect one; all else ends the
     examination (StopIteration would quietly end a script's loop)."""
@@ -2011,7 +2018,7 @@ def send(channel: io.BufferedRWPair, message: object) -> None:
 
 
 def line_of(message: object) -> bytes:
-    """The inverse of `parse`: one line."""
+    """The inverse of `parse_line`: one message as one line."""
     return json.dumps(message).encode("ascii") + b"\n"
 
 

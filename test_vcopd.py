@@ -3099,13 +3099,23 @@ def f(needle):
     ],
 )
 def test_no_answer_trace_or_task_is_in_a_candidates_memory(needle, found):
-    """Expected values never go in, no server ever held a job, and its program ends before the
-    trusted part of this file. The needle comes in backwards, to be found only if it was there."""
+    """Expected values never go in, no server ever held a job, and its program is not the trusted
+    part of this file. The needle comes in backwards, to be found only if it was there."""
     sibling = "def f(x):\n    return 'a-siblings-answer'\n"
     for _ in range(2 * tasks.pool().maxsize):
         assert run_tests(sibling, "f", [(["a-siblings-argument"], 6480297)])
     tests = [([needle[::-1]], found), ([needle[::-1]], 6480297)]
     assert run_tests(PEEK, "f", tests) == "test 2: wrong value"
+
+
+def test_the_servers_program_is_no_task_verifier_or_judge():
+    """It is cut out of tasks.py, so it must be seen to be the right piece."""
+    own = {getattr(node, "name", "") for node in ast.parse(tasks.server_program()).body}
+    trusted = {"Example", "privileged_prompt", "sum_example", "verify_edit", "static_gate",
+               "web_document", "load_edits", "run_tests", "same_value", "Server", "server_program"}
+    assert {"serve", "confine", "examine", "encode", "line_of"} <= own
+    assert not own & trusted and trusted <= vars(tasks).keys()
+    assert tasks.EDIT_PROMPT not in tasks.server_program()
 
 
 def test_environment_and_arguments_are_empty():
