@@ -101,10 +101,10 @@ def privileged_prompt(example: Example) -> str:
     return f"{example.prompt}\n\nA right answer:\n{example.hint}"
 
 
-TRAIN, VALID, TEST = range(0, 6), range(6, 8), range(8, 10)  # tenths of all programs and sums
+TRAIN, VALID, TEST = range(0, 6), range(6, 8), range(8, 10)  # parts of all programs and sums
 
 
-def tenth_of(text: str) -> int:
+def part_of(text: str) -> int:
     """0-9, fixed by the sum or bug-free program: splits share none, and pretraining has TRAIN."""
     return zlib.crc32(text.encode()) % 10
 
@@ -157,7 +157,7 @@ def draw_sum(forms: list[str], parts: range, rng: random.Random) -> str:
     """A sum of one of the forms, from the given parts of all sums."""
     while True:
         text = re.sub("[a-d]", lambda _: str(rng.randint(1, 5)), rng.choice(forms))
-        if tenth_of(text) in parts:
+        if part_of(text) in parts:
             return text
 
 
@@ -837,7 +837,7 @@ def make_edit(families: list[Family], operators: dict[str, int], parts: range,
     while True:
         family = rng.choice(families)
         source, entry = instantiate(family, rng)
-        bug = draw_bug(source, operators, rng) if tenth_of(source) in parts else None
+        bug = draw_bug(source, operators, rng) if part_of(source) in parts else None
         if bug is None:
             continue
         inputs = [[draw_input(kind, rng) for kind in family.kinds] for _ in range(8)]
@@ -1595,10 +1595,10 @@ def tests_field(row: dict) -> tuple:
 
 
 # =============================================================================================
-# The judge, in the trainer. What runs here is trusted, what arrives is not: a reply is a bounded
-# number of bytes, parsed to lists and strings and compared along the *expected* value, so that a
-# strange reply costs no more than an honest one. Every way out but "all values equal" is a
-# reason: none is a pass, or None, or a skipped test.
+# The judge. What runs here is trusted, what arrives is not: a reply is a bounded number of bytes,
+# parsed to lists and strings and compared along the *expected* value, so that a strange reply
+# costs no more than an honest one. Every way out but "all values equal" is a reason: none is a
+# pass, or None, or a skipped test.
 # =============================================================================================
 
 UNSAFE_JUDGE = False  # True: run candidates even where the kernel cannot keep them from files
@@ -1826,18 +1826,19 @@ def exchange(ours: socket.socket, message: bytes, deadline: float) -> tuple[byte
 
 
 def server_program() -> str:
-    """The first and the last part of this file, as banners divide it: imports, and the server."""
-    imports, *_, server = re.split(r"(?m)^# =+$", THIS_FILE)
-    return imports + server + "\nserve()\n"
+    """The imports of this file, and the section of that name."""
+    parts = re.split(r"(?m)^# =+$", THIS_FILE)
+    title = next(i for i, part in enumerate(parts) if part.startswith("\n# The server's program."))
+    return parts[0] + parts[title + 1] + "\nserve()\n"
 
 
 # =============================================================================================
-# The judge, the server's program. Candidates leave early, lie about equality, patch the judge and
-# look for answers. So they get arguments and give values; expected values and the verdict stay in
-# the trainer. A server runs the imports of this file and this last section: whoever reads all its
-# memory finds no task and no reference. It forks once per candidate and never sees a job, since
-# job and reply travel on a socket that only trainer and child hold; no candidate can find traces
-# of the one before it.
+# The server's program. Candidates leave early, lie about equality, patch the judge and look for
+# answers. So they get arguments and give values; expected values and the verdict stay in the
+# trainer. A server runs the imports of this file and this section: whoever reads all its memory
+# finds no task and no reference. It forks once per candidate and never sees a job, since job and
+# reply travel on a socket that only trainer and child hold; no candidate can find traces of the
+# one before it.
 # =============================================================================================
 
 MAX_REPLY = 1_000_000  # bytes
@@ -2138,3 +2139,8 @@ def enter_namespaces() -> list[str]:
         os._exit(0)
     libc().prctl(1, signal.SIGKILL, 0, 0, 0)
     return ["namespaces"]
+
+
+# =============================================================================================
+# End of the server's program: what is added below, say a task, is kept from candidates
+# =============================================================================================

@@ -3108,14 +3108,18 @@ def test_no_answer_trace_or_task_is_in_a_candidates_memory(needle, found):
     assert run_tests(PEEK, "f", tests) == "test 2: wrong value"
 
 
-def test_the_servers_program_is_no_task_verifier_or_judge():
-    """It is cut out of tasks.py, so it must be seen to be the right piece."""
+def test_the_servers_program_is_no_task_verifier_or_judge(monkeypatch):
+    """It is cut out of tasks.py, so it must be seen to be the right piece; also if a task is added
+    at the end."""
     own = {getattr(node, "name", "") for node in ast.parse(tasks.server_program()).body}
     trusted = {"Example", "privileged_prompt", "sum_example", "verify_edit", "static_gate",
                "web_document", "load_edits", "run_tests", "same_value", "Server", "server_program"}
     assert {"serve", "confine", "examine", "encode", "line_of"} <= own
     assert not own & trusted and trusted <= vars(tasks).keys()
-    assert tasks.EDIT_PROMPT not in tasks.server_program()
+    program = tasks.server_program()
+    longer = tasks.THIS_FILE + "\n# ====\n# Mine\n# ====\nTASKS[0] = 1\n"
+    monkeypatch.setattr(tasks, "THIS_FILE", longer)
+    assert tasks.server_program() == program and tasks.EDIT_PROMPT not in program
 
 
 def test_environment_and_arguments_are_empty():
