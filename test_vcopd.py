@@ -3476,13 +3476,27 @@ def f(needle):
     ],
 )
 def test_no_answer_trace_or_task_is_in_a_candidates_memory(needle, found):
-    """Expected values never go in, no server ever held a job, and its program ends before the
-    trusted part of this file. The needle comes in backwards, to be found only if it was there."""
+    """Expected values never go in, no server ever held a job, and its program is not the trusted
+    part of this file. The needle comes in backwards, to be found only if it was there."""
     sibling = "def f(x):\n    return 'a-siblings-answer'\n"
     for _ in range(2 * tasks.pool().maxsize):
         assert run_tests(sibling, "f", [(["a-siblings-argument"], 6480297)])
     tests = [([needle[::-1]], found), ([needle[::-1]], 6480297)]
     assert run_tests(PEEK, "f", tests) == "test 2: wrong value"
+
+
+def test_the_servers_program_is_no_task_verifier_or_judge(monkeypatch):
+    """It is cut out of tasks.py, so it must be seen to be the right piece; also if a task is added
+    at the end."""
+    own = {getattr(node, "name", "") for node in ast.parse(tasks.server_program()).body}
+    trusted = {"Example", "privileged_prompt", "sum_example", "verify_edit", "static_gate",
+               "web_document", "load_edits", "run_tests", "same_value", "Server", "server_program"}
+    assert {"serve", "confine", "examine", "encode", "line_of"} <= own
+    assert not own & trusted and trusted <= vars(tasks).keys()
+    program = tasks.server_program()
+    longer = tasks.THIS_FILE + "\n# ====\n# Mine\n# ====\nTASKS[0] = 1\n"
+    monkeypatch.setattr(tasks, "THIS_FILE", longer)
+    assert tasks.server_program() == program and tasks.EDIT_PROMPT not in program
 
 
 def test_environment_and_arguments_are_empty():
@@ -3810,6 +3824,15 @@ def check(candidate):
     assert script_verdict("def f(x):\n    return object()\n", script) == "undecodable result"
 
 
+def test_a_script_may_expect_an_exception_by_its_base_class():
+    """UnicodeDecodeError is a ValueError, but one that cannot be made from a message alone."""
+    script = "def check(c):\n    try: c(1)\n    except ValueError as error: str(error)\n"
+    script += "    else: raise AssertionError\n"
+    assert script_verdict("def f(x):\n    return b'\\xff'.decode('ascii')\n", script) == ""
+    assert script_verdict("def f(x):\n    return chr(-x)\n", script) == ""
+    assert script_verdict("def f(x):\n    return {}[x]\n", script) == "KeyError"
+
+
 def test_a_script_without_check_or_with_an_error_passes_nobody():
     assert script_verdict(HONEST, "x = 1\n") == "KeyError"
     assert script_verdict(HONEST, "def check(c):\n    raise SystemExit(0)\n") == "SystemExit"
@@ -3848,6 +3871,12 @@ FIXED_EDIT = BUGGY_EDIT.replace("total = 1", "total = 0")
         ("def g(x, k=2):\n    return", "def g(x, k=2): return", "several statements on one line"),
         ("    total = 1", "    return sum(xs)\n    total = 1", "unreachable code"),
         ("    total = 1", "    while True:\n        return 0\n    total = 1", "unreachable code"),
+        ("    total = 1", "    try:\n        return 0\n    finally:\n        pass\n    total = 1",
+         "unreachable code"),
+        ("    total = 1", "    try:\n        x = 1\n    except ValueError:\n        return 0\n"
+         "    else:\n        return 1\n    total = 1", "unreachable code"),
+        ("    total = 1", "    with memoryview(b''):\n        return 0\n    total = 1",
+         "unreachable code"),
         ("    total = 1", "    if True:\n        return 0\n    total = 1", "constant condition"),
         ("total = 1", "total = 0 if 1 == 1 else 1", "constant condition"),
         ("    return total\n", "    return total\ndef f(xs): return 0\n", "not the same functions"),
@@ -3888,6 +3917,8 @@ def test_the_gate_stops_answers_that_game_the_edit_metrics(old, new, why):
         ("    total = 1", "    if not xs:\n        return 0\n    total = 0"),
         ("    total = 1", "    total = sum(x for x in xs)  # comment"),
         ("    for x in xs:", "    while True:\n        break\n    for x in xs:"),
+        ("    total = 1", "    try:\n        return int(xs)\n    except TypeError:\n        pass\n"
+         "    total = 0"),
     ],
 )
 def test_the_gate_lets_honest_edits_pass(old, new):
@@ -3901,6 +3932,15 @@ def test_what_the_buggy_source_already_does_is_no_crime():
     assert tasks.static_gate(buggy.replace("+ '-'", "* 2"), buggy) == ""
     assert tasks.static_gate(buggy.replace("(s)", "('1')"), buggy) == "gate: use of eval"
     assert tasks.static_gate(buggy.replace("eval(s)", "[e(s) for e in [eval]]"), buggy)
+
+
+@pytest.mark.parametrize("old, new", [("'x'", "'\\d'"), ("'\\d'", "'x'"), ("'\\d'", "'\\w'")])
+def test_an_invalid_escape_is_neither_a_crime_nor_an_exception(old, new):
+    """Under -W error ast.parse would refuse it, in the answer and in the buggy source alike."""
+    buggy = f"def f(s):\n    return s + {old}\n"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tasks.static_gate(buggy.replace(old, new), buggy) == ""
 
 
 # K: reward plumbing
@@ -4576,6 +4616,17 @@ def test_what_the_answer_repeats_is_not_put_back_twice():
     shown = f"from __future__ import annotations\nimport math\n\n{BUGGY}"
     example = tasks.edit_example("x", shown, shown.replace("-=", "+="), "total", TESTS)
     assert tasks.verify_edit(example, example.reference).reason == "ok"
+
+
+@pytest.mark.parametrize("line", ["# import math is above", "'import math'", "MAX_LIMIT = 30"])
+def test_what_the_answer_only_mentions_is_put_back(line):
+    """A text that holds a statement's text does not yet make the statement."""
+    shown = BUGGY.replace("-= item", "-= math.floor(item) * LIMIT")
+    shown = f"import math\nLIMIT = 3\n\n{shown}".replace("result = start", "result = start * 1")
+    example = tasks.edit_example("x", shown, shown.replace("-=", "+="), "total", [([[1], 0], 3)])
+    alone = example.reference[example.reference.index("def total"):]
+    answer = alone.replace("    result =", f"    {line}\n    result =")
+    assert tasks.run_example(example, answer) == "ok"
 
 
 def test_what_the_static_gate_refuses_is_not_run(monkeypatch):
