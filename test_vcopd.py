@@ -355,7 +355,8 @@ def test_every_listed_deviation_is_marked_where_it_happens():
     ["--inspect", "--eval-only"], ["--inspect", "--lr", "0.1"], ["--inspect", "--out", "x"],
     ["--inspect", "--teacher", "none"], ["--inspect", "--teacher-coef", "0"],
     ["--inspect", "--method", "rl"], ["--inspect", "--method", "sft"],
-    ["--seeds", "2"], ["--compare", "--method", "rl"], ["--compare", "--teacher", "none"],
+    ["--seeds", "2"], ["--compare", "--method", "rl"], ["--compare", "--split", "validation"],
+    ["--split", "validation", "--eval-data", "F"], ["--compare", "--teacher", "none"],
     ["--method", "rl", "--teacher-coef", "1"], ["--ratio-clip", "-1"], ["--lr", "nan"],
     ["--teacher", "none", "--gate", "none"], ["--teacher-coef", "0", "--gap-clip", "1"],
     ["--kl-coef", "0", "--kl-target", "1"], ["--replay-share", "0", "--replay-keep", "1"]])
@@ -2412,6 +2413,8 @@ def test_a_comparison_chooses_on_validation_and_gives_each_method_the_same(
     assert all(len(columns[name]) == 2 for name in ("sft", "rl", "opd", "vcopd"))
     for path in (tmp_path / "all").glob("*-s*/metrics.jsonl"):
         assert path.read_text("utf-8").count("\n") == 6
+    for path in (tmp_path / "all/tune").glob("*/config.json"):  # a resumed one must look there too
+        assert json.loads(path.read_text("utf-8"))["split"] == "validation"
     rates = json.loads((tmp_path / "all" / "table.json").read_text("utf-8"))["lr"]
     for method, rate in rates.items():
         held = json.loads((tmp_path / "all" / f"{method}-s1" / "config.json").read_text("utf-8"))

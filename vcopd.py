@@ -13,20 +13,22 @@
 
 A language model learns a new skill without forgetting its old ones: it trains on its own samples,
 a verifier says how good they are, and a teacher adds small hints, token by token, inside that
-verdict: at most lambda * clip (0.1) each. Where all answers score alike, hints alone decide.
+verdict: at most lambda * clip (0.1) each.
 
     python vcopd.py --task codeedit        # 7 minutes on 2 cores the first time, 3 afterwards
     python vcopd.py --task arithmetic      # under 3 minutes the first time, 1.5 afterwards
     python vcopd.py --task codeedit --method rl      # the same loop without a teacher
 
-The method. Step 1 runs once, `train_step` repeats Steps 2 to 6: start reading there, in Part I,
-and skip the configuration above it.
+The method. Step 1 runs once, `train_step` repeats Steps 2 to 6: start reading with it, in Part I,
+and skip the configuration above. It asks the teacher while the verifier judges, and refreshes
+replay before the update.
 
     Step 1  format      SFT on a separate adapter, only if needed       train_format
     Step 2  rollouts    y_1..y_K ~ pi_theta(.|x)                                sample
     Step 3  verdict     Eq. 1  R_i = V(x, y_i)                                  collect_rollouts
                         Eq. 2  A_i = (R_i - mean R) / (std R + 1e-4)            group_advantage
-    Step 4  hints       Eq. 3  D_t = clip(log T(a_t|s_t, hint) - log pi_old)    teacher_gap
+    Step 4  hints       log T(a_t|s_t, hint) of the student's tokens            ask_teacher
+                        Eq. 3  D_t = clip(log T(a_t|s_t, hint) - log pi_old)    teacher_gap
                         Eq. 4  G_i = sigmoid(A_i)                               GATES
                         Eq. 5  A_dense = A_i + lambda * G_i * D_t               dense_advantage
     Step 5  update      Eq. 6  rho_t = pi_theta / pi_old                        vcopd_loss
@@ -38,7 +40,8 @@ and skip the configuration above it.
                         Eq. 11 L = L_policy + L_kl - eta * H                    vcopd_loss
     Step 6  replay      Eq. 12 L_total = (1 - r) * L + r * L_replay             total_loss
 
-One frozen model plays every role; named LoRA adapters and the prompt decide which one:
+One frozen model plays every role but the stronger teacher's; named LoRA adapters and the prompt
+decide which one:
 
     pi_0, the base          no adapter                      the prompt
     pi_ref, KL anchor       {format} if Step 1 ran          the prompt
@@ -48,17 +51,17 @@ One frozen model plays every role; named LoRA adapters and the prompt decide whi
     T, a stronger one       another model, the same ids     the prompt and the privileged hint
 
 A PEFT folder as --model is one more frozen adapter of pi_ref and pi_theta. The hint is text that
-only the teacher reads: a right answer to the prompt (`tasks.privileged_prompt`). The essay is
+only the teacher reads: what a right answer holds (`tasks.privileged_prompt`). The essay is
 Marvin B. Freedman's "Verifier-Calibrated On-Policy Distillation" (2026).
 
 Where this differs from the essay (each is marked `differs:` on its line, the last in tasks.py):
 
     1. KL is held to the model after Step 1, else the guard fights the format just learnt.
     2. Replay is plain NLL without a PPO ratio: its pi_old is many steps old.
-    3. A group whose rewards are all equal gets A = 0 exactly, decided on max - min. Hints, KL,
-       entropy and replay still act there.
+    3. A group whose rewards are all equal gets A = 0 exactly, decided on max - min. KL, entropy
+       and replay still act there, and hints, unless the gate is `success`.
     4. Log-probs of every role are taken at the sampling temperature, so that ratio, gap and KL
-       speak of the distribution that was sampled (top_p aside). SFT alone uses temperature 1.
+       speak of the distribution that was sampled (top_p aside). SFT and evaluation use 1.
     5. The reward's three penalties are each held in [0, 1], so no pass is below a fail.
 
 Shapes: every per-token number is in a (B, T) tensor on completion positions, next to a mask that is
@@ -128,6 +131,8 @@ class Config:
                                 "stronger model (id or folder); a folder with a PEFT adapter")
     data: str = knob("", "train on the problems of this file (JSON lines)")
     eval_data: str = knob("", "evaluate on the problems of this file")
+    split: str = knob("test", "held-out problems to evaluate on; choose options on validation",
+                      choices=["test", "validation"])
     benchmark: str = knob("", "general benchmark: a file in HumanEval's format")
     out: str = knob("", "run folder; runs/TASK-METHOD-sSEED when empty")
     seed: int = knob(0, "seed of everything that is drawn in training", low=0)
@@ -166,7 +171,7 @@ class Config:
     kl_target: float = knob(0.03, "nats per token above which beta grows (Eq. 9)", low=0.0)
     entropy_coef: float = knob(0.001, "eta of Eq. 11", low=0.0)
     max_grad_norm: float = knob(1.0, "gradients are scaled down to this norm", low=0.0)
-    micro_tokens: int = knob(2048, "tokens (prompt and answer) in one forward pass", low=1)
+    micro_tokens: int = knob(2048, "tokens in one forward pass, about, hints not counted", low=1)
     # replay
     replay_share: float = knob(0.1, "r of Eq. 12", low=0.0, high=0.9)
     replay_every: int = knob(200, "steps between refreshes of the replay pool", low=1)
@@ -186,7 +191,7 @@ class Config:
     unsafe_judge: bool = knob(False, "run answers even where the kernel cannot lock them in")
 
 
-METHODS = {  # presets of the same loop: what is fixed here cannot be set by an option
+METHODS = {  # presets: what is fixed here cannot be set by an option. One loop, but for sft_step
     "vcopd": {},
     "rl": {"teacher_coef": 0.0},  # the verifier alone
     # blind distillation: A = 0 (see credit_answers), no gate, no clip: A_dense is D. Guards stay
@@ -207,19 +212,19 @@ OFF = {  # what does nothing where the option before it is 0
     "replay_share": ("replay_every", "replay_keep"),
 }
 
-EVAL_ONLY = ("eval_only", "task", "model", "eval_data", "benchmark", "out", "device", "dtype",
-             "quantize", "rollouts", "max_new_tokens", "eval_problems", "unsafe_judge")
+EVAL_ONLY = ("eval_only", "task", "model", "split", "eval_data", "benchmark", "out", "device",
+             "dtype", "quantize", "rollouts", "max_new_tokens", "eval_problems", "unsafe_judge")
 
-NOT_TRAINED = ("steps", "out", "merge", "eval_data", "benchmark", "eval_every", "save_every",
-               "eval_problems", "kl_budget", "format_threshold", "format_examples", "format_lr",
-               "format_rank")
+NOT_TRAINED = ("steps", "out", "merge", "split", "eval_data", "benchmark", "eval_every",
+               "save_every", "eval_problems", "kl_budget", "format_threshold", "format_examples",
+               "format_lr", "format_rank")
 
 COMMANDS = {  # that do not train one model, and the options that have nothing to do there
     "bench": NOT_TRAINED,
     "inspect": (*NOT_TRAINED, "lora_rank", "lora_alpha", "lr", "epochs", "ratio_clip", "kl_coef",
                 "kl_target", "entropy_coef", "max_grad_norm", "replay_share", "replay_every",
                 "replay_keep"),
-    "compare": ("method", "merge"),
+    "compare": ("method", "merge", "split"),  # rates on validation, the table on test
     "ablations": ("method", "merge"),
 }
 
@@ -334,6 +339,9 @@ def saved_config(folder: str, said: dict) -> Config:
     except (OSError, ValueError, TypeError, RecursionError) as error:
         usage_error(f"--resume {folder}: no run can be read there ({error}): "
                     "give the folder of a run, as --out named it")
+    if saved.eval_only:
+        usage_error(f"--resume {folder}: that folder holds an evaluation, which is not resumed: "
+                    "give the folder of a training run")
     for name, value in said.items():
         if (name not in ("steps", "save_every", "device", "micro_tokens", "merge")
                 and value != getattr(saved, name)):
@@ -400,6 +408,8 @@ def check_use(said: dict, cfg: Config) -> None:
     if cfg.teacher == "none":
         idle |= dict.fromkeys(("teacher_coef", "gate", "gap_clip"), "with --teacher none")
     idle |= {name: f"with --method {cfg.method}" for name in IDLE[cfg.method]}
+    if cfg.split == "validation":
+        idle |= dict.fromkeys(("eval_data", "benchmark"), "with --split validation")
     if not (cfg.compare or cfg.ablations):
         idle["seeds"] = "without --compare or --ablations"
     for mode in modes:
@@ -445,18 +455,18 @@ class NotFinite(RunError):
 
 @dataclass
 class State:
-    """All that training changes: exactly what a checkpoint holds."""
+    """What a checkpoint holds besides the adapters' weights."""
 
     optimizer: torch.optim.Optimizer
     kl_coef: float
     step: int = 0
     replay: Batch | None = None
-    before: dict = field(default_factory=dict)  # the base's scores, to compare with at the end
+    before: dict = field(default_factory=dict)  # scores before training, to compare with
 
 
 @dataclass
 class Rollouts:
-    """What a step sampled, and what was found out about it, before anything is learnt."""
+    """What a step sampled, and what verifier, reference and teacher think of it."""
 
     examples: list[tasks.Example]  # (B,) the example behind each answer
     batch: Batch
@@ -464,13 +474,13 @@ class Rollouts:
     verdicts: list[tasks.Verdict]  # (B,)
     reward: Tensor  # (B,)
     advantage: Tensor  # (B,)
-    parts: list[Experience]  # the same in micro-batches
+    parts: list[Experience]  # the same in micro-batches, for `update`
 
 
 def train_step(policy: Policy, task: tasks.Task, examples: list, state: State,
                cfg: Config) -> tuple[dict, list[dict]]:
     """One step of VC-OPD on P examples. Returns metrics, and the first group for people to read."""
-    # Steps 2 and 3: answers of the current student, and what verifier and teacher think of them
+    # Steps 2 and 3: answers of the current student, judged; meanwhile the teacher reads them
     rollouts = collect_rollouts(policy, task, examples, state.step, cfg)
 
     # Step 6: now and then, collect the student's best answers to prompts about old skills
@@ -517,6 +527,12 @@ def collect_rollouts(policy: Policy, task: tasks.Task, examples: list, step: int
     return Rollouts(examples, batch, answers, verdicts, reward, advantage, parts)
 
 
+def verify_all(verify, examples: list, answers: list[str]) -> list[tasks.Verdict]:
+    """Judge every answer, several at a time: the verifier may wait for other processes."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(verify, examples, answers))
+
+
 # =============================================================================================
 # Roles: one frozen model, and named LoRA adapters that are switched on and off
 # =============================================================================================
@@ -547,7 +563,9 @@ BASE: tuple[str, ...] = ()  # pi_0: no adapter at all
 
 @dataclass
 class Policy:
-    """The frozen model in all its roles, and the tokenizer that belongs to it."""
+    """The frozen model in all its roles, not pi_theta alone: that is `student`, whose trained
+    adapter is named "policy".
+    """
 
     model: nn.Module
     tokenizer: object
@@ -609,7 +627,7 @@ def sample(policy: Policy, role: tuple[str, ...], prompts: list[list[int]], k: i
            cfg: Config, generator: torch.Generator) -> Batch:
     """K completions of each prompt, prompt-major: rows i*K .. i*K+K-1 answer prompt i.
 
-    Each prompt is read once and its cache shared by its K rollouts; finished rows are dropped.
+    Each prompt is read once and its cache copied for its K rollouts; finished rows are dropped.
     """
     completion = torch.full((len(prompts) * k, cfg.max_new_tokens), policy.pad_id,
                             device=policy.device)  # (B, T)
@@ -640,7 +658,7 @@ def sample(policy: Policy, role: tuple[str, ...], prompts: list[list[int]], k: i
 
 @dataclass
 class Experience:
-    """A micro-batch of scored rollouts: all that the loss needs, and nothing with a gradient."""
+    """A micro-batch of rollouts: all that the loss needs to know of them, without gradients."""
 
     batch: Batch
     index: Tensor  # (b,) row numbers in the whole batch
@@ -699,9 +717,9 @@ def token_logps(model: nn.Module, temperature: float, ids: Tensor, hidden: Tenso
 def token_terms(model: nn.Module, temperature: float, ids: Tensor, hidden: Tensor,
                 hidden_ref: Tensor) -> Tensor:
     """Stacked (3, N): log pi_theta(a_t|s_t), KL(pi_theta || pi_ref) and entropy, both exact."""
-    logp = F.log_softmax(head(model, hidden).float() / temperature, -1)  # (N, V)
+    logp = F.log_softmax(head(model, hidden).float() / temperature, -1)  # (N, V), tempered too
     logp_ref = F.log_softmax(head(model, hidden_ref).float() / temperature, -1)
-    kl = (logp.exp() * (logp - logp_ref)).sum(-1)
+    kl = (logp.exp() * (logp - logp_ref)).sum(-1)  # that of Eq. 8
     entropy = -(logp.exp() * logp).sum(-1)  # Eq. 10
     return torch.stack([logp.gather(-1, ids[:, None])[:, 0], kl, entropy])
 
@@ -752,14 +770,14 @@ def fix_gap(part: Experience, logp_old: Tensor, cfg: Config) -> None:
 
 GATES = {  # advantage (B,) -> gate (B,). A new one needs its name in the choices of Config.gate
     "sigmoid": torch.sigmoid,  # Eq. 4
-    "success": lambda advantage: (advantage > 0).float(),  # hints on successes only (SDPG)
-    "failure": lambda advantage: torch.sigmoid(-advantage),  # hints mostly on failures (SRPO)
+    "success": lambda advantage: (advantage > 0).float(),  # where better than the group (SDPG)
+    "failure": lambda advantage: torch.sigmoid(-advantage),  # mostly where worse (SRPO)
     "none": torch.ones_like,
 }
 
 
 def dense_advantage(advantage: Tensor, gap: Tensor, cfg: Config) -> Tensor:
-    """Sequence verdict (B,) and token hints (B, T) in one advantage (B, T).
+    """The advantage of each answer (B,) and the hints at its tokens (B, T), in one (B, T).
 
     Not normalised again: in a tied group that would blow small hints up to the size of a verdict.
     """
@@ -797,23 +815,23 @@ def vcopd_loss(terms: Tensor, part: Experience, kl_coef: float, tokens: int,
                cfg: Config) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of one micro-batch and what to log. `terms` (3, b, T) are of `token_terms`.
 
-    In the first epoch rho is 1, so the *value* of the policy term is minus the mean of A_dense:
-    near 0, as advantages are centred (exactly, if answers are of one length and without hints).
-    Its gradient, -mean(A_dense grad log pi), is not.
+    In the first epoch rho is 1. Summed over micro-batches, the *value* of the policy term is then
+    minus the mean of A_dense: near 0, as advantages are centred (exactly, if answers are of one
+    length and without hints). Its gradient, -mean(A_dense grad log pi), is not.
     """
     logp, kl, entropy = terms
     mask, eps = part.batch.mask, cfg.ratio_clip
     assert logp.shape == mask.shape == part.logp_old.shape == part.gap.shape
-    advantage = dense_advantage(part.advantage, part.gap, cfg)  # (b, T)
+    dense = dense_advantage(part.advantage, part.gap, cfg)  # (b, T)
     ratio = (logp - part.logp_old).exp()  # Eq. 6
-    objective = torch.minimum(ratio * advantage, ratio.clamp(1 - eps, 1 + eps) * advantage)
+    objective = torch.minimum(ratio * dense, ratio.clamp(1 - eps, 1 + eps) * dense)
     policy_loss = -token_mean(objective, mask, tokens)  # Eq. 7
     kl_mean = token_mean(kl, mask, tokens)
     kl_loss = kl_coef * kl_mean  # Eq. 8
     entropy_mean = token_mean(entropy, mask, tokens)
     loss = policy_loss + kl_loss - cfg.entropy_coef * entropy_mean  # Eq. 11
-    clipped = (objective < ratio * advantage).float()
-    hint = (advantage - part.advantage[:, None]).abs()
+    clipped = (objective < ratio * dense).float()
+    hint = (dense - part.advantage[:, None]).abs()
     teacher_share = hint / (hint + part.advantage.abs()[:, None]).clamp(min=1e-12)
     return loss, {"policy_loss": policy_loss, "kl": kl_mean, "entropy": entropy_mean,
                   "ratio_clipped": token_mean(clipped, mask, tokens),
@@ -821,7 +839,7 @@ def vcopd_loss(terms: Tensor, part: Experience, kl_coef: float, tokens: int,
 
 
 def token_mean(values: Tensor, mask: Tensor, tokens: int) -> Tensor:
-    """Sum over completion tokens, by the count of all micro-batches and ranks: sums add up."""
+    """Sum over tokens / their count in all micro-batches and ranks, so that results add up."""
     return torch.where(mask, values, 0).sum() / tokens
 
 
@@ -870,7 +888,7 @@ def nll_loss(policy: Policy, role: tuple[str, ...], batch: Batch, temperature: f
 
 
 def total_loss(loss: Tensor | float, loss_replay: Tensor | float, share: float) -> Tensor:
-    """The new task and the old skills in one loss."""
+    """The new task and old skills in one loss. Called once for each: only gradients are added."""
     return (1 - share) * loss + share * loss_replay  # Eq. 12
 
 
@@ -1936,12 +1954,6 @@ def answers_to(policy: Policy, role: tuple[str, ...], prompts: list[str], k: int
     return batches, texts
 
 
-def verify_all(verify, examples: list, answers: list[str]) -> list[tasks.Verdict]:
-    """Judge every answer, several at a time: the verifier may wait for other processes."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(verify, examples, answers))
-
-
 def greedy_verdicts(policy: Policy, role: tuple[str, ...], examples: list, verify,
                     cfg: Config) -> list[tuple[str, tasks.Verdict]]:
     """The most likely answer to each example, and what the verifier says of it."""
@@ -2468,12 +2480,12 @@ def finished(cfg: Config, task: tasks.Task, known: dict) -> dict:
     return report
 
 
-def tuned(cfg: Config, task: tasks.Task, known: dict, out: Path) -> Config:
+def tuned(cfg: Config, known: dict, out: Path) -> Config:
     """With the learning rate of the grid that does best on the validation split."""
-    held_out = replace(task, evals={"validation": task.validation[0]},
-                       benchmark=task.validation[1])
-    tried = [replace(cfg, lr=cfg.lr * factor, out=f"{out}/tune/{cfg.method}-lr{cfg.lr * factor:g}")
-             for factor in LR_GRID]
+    rates = [cfg.lr * factor for factor in LR_GRID]
+    tried = [replace(cfg, lr=lr, split="validation", out=f"{out}/tune/{cfg.method}-lr{lr:g}")
+             for lr in rates]
+    held_out = load_task(tried[0])
     reports = [finished(one, held_out, known) for one in tried]
     best = max(range(len(tried)), key=lambda i: (
         reports[i]["verdict"]["improved"], first_split(reports[i]["after"])["pass@1"]))
@@ -2484,7 +2496,7 @@ def tuned(cfg: Config, task: tasks.Task, known: dict, out: Path) -> Config:
 def compare(cfg: Config, out: Path) -> None:
     """Every method with as many optimiser steps, prompts and seeds, each at its best --lr."""
     task, known, base = load_task(cfg), {}, one_of(cfg)
-    methods = {name: tuned(replace(base, method=name, **METHODS[name]), task, known, out)
+    methods = {name: tuned(replace(base, method=name, **METHODS[name]), known, out)
                for name in ("sft", "rl", "opd", "vcopd")}
     tabulate(methods, cfg.seeds, task, known, out)
 
@@ -2906,6 +2918,8 @@ def bench(cfg: Config) -> None:
     policy = load_policy(cfg, task)
     state = State(torch.optim.Adam(adapter_parameters(policy.model, "policy"), lr=cfg.lr),
                   cfg.kl_coef, step=1)  # few steps begin with a refresh of the replay pool
+    if cfg.replay_share > 0:
+        state.replay = refresh_replay(policy, task.anchors, 0, cfg)
     print_environment(environment(policy))
     examples = examples_at(task, 0, cfg)
     prompts = [policy.encode(example.prompt) for example in examples]
@@ -2971,6 +2985,9 @@ def load_task(cfg: Config) -> tasks.Task:
     if cfg.benchmark:
         own["benchmark"] = tasks.load_benchmark(cfg.benchmark)
     task = replace(tasks.TASKS[cfg.task](), **own)
+    if cfg.split == "validation":
+        problems, old_skills = task.validation
+        task = replace(task, evals={"validation": problems}, benchmark=old_skills)
     stride = math.ceil(len(task.benchmark) / cfg.eval_problems)  # some of every skill
     return replace(task, benchmark=task.benchmark[::stride])
 
