@@ -105,7 +105,7 @@ TRAIN, VALID, TEST = range(0, 6), range(6, 8), range(8, 10)  # parts of all prog
 
 
 def part_of(text: str) -> int:
-    """0-9, fixed by the sum or bug-free program: splits share none, and pretraining draws from TRAIN.
+    """0-9, fixed by the sum or bug-free program: splits share none, and pretraining draws TRAIN.
 
     Where it then renames, it spells out 4 of the 200 test programs by chance.
     """
