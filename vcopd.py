@@ -16,7 +16,7 @@ a verifier says how good they are, and a teacher adds small hints, token by toke
 verdict: at most lambda * clip (0.1) each.
 
     python vcopd.py --task codeedit        # 7 minutes on 2 cores the first time, 3 afterwards
-    python vcopd.py --task arithmetic      # under 3 minutes the first time, 1.5 afterwards
+    python vcopd.py --task arithmetic      # 3 minutes the first time, 1.5 afterwards
     python vcopd.py --task codeedit --method rl      # the same loop without a teacher
 
 The method. Step 1 runs once, `train_step` repeats Steps 2 to 6: start reading with it, in Part I,
