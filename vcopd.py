@@ -1230,12 +1230,9 @@ def draw_replay(state: State, rollouts: int, epoch: int, cfg: Config) -> Batch |
 
 def replay_gradients(policy: Policy, replay: Batch, cfg: Config) -> float:
     """Add up the gradients of the replay term of Eq. 12; returns its loss."""
-    tokens, value = over_ranks(int(replay.mask.sum())), 0.0
-    for index in micro_batches(policy, replay, cfg.micro_tokens):
-        loss = nll_loss(policy, policy.student, replay.rows(index), cfg.temperature, tokens)
-        total_loss(0.0, loss, cfg.replay_share).backward()
-        value += loss.item()
-    return value
+    tokens = over_ranks(int(replay.mask.sum()))
+    return imitate(policy, policy.student, replay, tokens, cfg.micro_tokens, cfg.temperature,
+                   cfg.replay_share)
 
 
 @torch.no_grad()
@@ -1323,12 +1320,12 @@ def solution_batch(policy: Policy, examples: list[tasks.Example]) -> Batch:
 
 
 def imitate(policy: Policy, role: tuple[str, ...], batch: Batch, tokens: int,
-            micro_tokens: int) -> float:
-    """Add up the gradients of the NLL over `tokens` at temperature 1; returns its value."""
+            micro_tokens: int, temperature: float = 1.0, share: float = 1.0) -> float:
+    """Add up the gradients of a share of the NLL over `tokens`; returns the NLL."""
     value = 0.0
     for index in micro_batches(policy, batch, micro_tokens):
-        loss = nll_loss(policy, role, batch.rows(index), 1.0, tokens)
-        loss.backward()
+        loss = nll_loss(policy, role, batch.rows(index), temperature, tokens)
+        total_loss(0.0, loss, share).backward()
         value += loss.item()
     return value
 
@@ -2525,7 +2522,7 @@ def tabulate(variants: dict[str, Config], seeds: int, task: tasks.Task, known: d
         runs = [replace(variant, seed=variant.seed + i, out=f"{out}/{name}-s{variant.seed + i}")
                 for i in range(seeds)]
         reports = [finished(one, task, known) for one in runs]
-        steps[name] = [read_metrics(one) for one in runs]
+        steps[name] = [read_metrics(Path(one.out)) for one in runs]
         columns[name] = [numbers_of(*each, variant)
                          for each in zip(reports, steps[name], strict=True)]
         passes[name] = np.mean([first_split(r["after"])["passes"] for r in reports], 0)
@@ -2540,10 +2537,10 @@ def tabulate(variants: dict[str, Config], seeds: int, task: tasks.Task, known: d
         "lr": {name: variant.lr for name, variant in variants.items()}})
 
 
-def read_metrics(cfg: Config) -> list[dict]:
-    """What a finished run wrote in each step."""
-    with reading(Path(cfg.out)):
-        lines = (Path(cfg.out) / "metrics.jsonl").read_text("utf-8").splitlines()
+def read_metrics(out: Path, *advice: str) -> list[dict]:
+    """What a run wrote in each step. Raises RunError, with the advice of `reading`."""
+    with reading(out, *advice):
+        lines = (out / "metrics.jsonl").read_text("utf-8").splitlines()
         return [json.loads(line) for line in lines]
 
 
@@ -2795,8 +2792,7 @@ DRAWN = "--plot takes the folder of a run or of a comparison, as --out named it"
 def read_curves(folder: Path) -> dict[str, list[tuple[float, float]]]:
     """A run's points (step, value) of each column that its method has. Raises RunError."""
     with reading(folder, DRAWN):
-        lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
-        steps = {float(record["step"]): record for record in map(json.loads, lines)}
+        steps = {float(record["step"]): record for record in read_metrics(folder, DRAWN)}
         curves = {column: [(step, float(record[column])) for step, record in steps.items()
                            if column in record] for column in CURVES}
         if not steps:
