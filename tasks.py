@@ -1,7 +1,7 @@
-"""Tasks of VC-OPD: the problems, their verifiers, and the judge that runs untrusted code.
+"""Tasks of VC-OPD: problems, their verifiers, and the judge that runs untrusted code.
 
 The first two sections, contracts and arithmetic, are all that one must read to add a task. Then
-come code edit, which the essay is about, old skills, pretraining, data files, and the judge.
+come the verifier of code edits, its problems, old skills, pretraining, data files and the judge.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import copy
 import ctypes
 import functools
 import gc
+import gzip
 import hashlib
 import importlib
 import io
 import itertools
 import json
-import keyword
 import math
 import operator
 import os
@@ -35,13 +35,15 @@ import sys
 import threading
 import time
 import tokenize
+import unicodedata
 import warnings
 import zlib
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 # =============================================================================================
 # Contracts: what a task is made of, and what its verifier says.
@@ -63,17 +65,23 @@ class Example:
     entry_point: str = ""         # code: the function that the tests call
     tests: tuple = ()             # code: ((args, expected), ...)
     test_code: str = ""           # code: or a script that defines check(candidate)
-    from_json: bool = False       # tests came from JSON: a tuple may answer a list
+    from_json: bool = False       # tests came from JSON: 1.0 may answer 1, a tuple a list
+    seconds: float = 0.0          # code: CPU time of all tests together; 0 is the judge's default
+    tolerance: float = 0.0        # code: how far a float may be off
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a verifier says of one completion."""
+    """What a verifier says of one completion. Raises ValueError if `passed` and `reason` differ."""
     reward: float                 # in [-1, 1]
     passed: bool                  # exactly when the reason is "ok"
     formatted: bool               # the format rule holds
     reason: str                   # "ok", or the first thing wrong
     metrics: dict[str, float]     # of a code edit in the right format; else empty
+
+    def __post_init__(self):
+        if self.passed is not (self.reason == "ok"):
+            raise ValueError(f"a verdict cannot be {self.passed} and {self.reason!r}")
 
 
 @dataclass(frozen=True)
@@ -105,10 +113,7 @@ TRAIN, VALID, TEST = range(0, 6), range(6, 8), range(8, 10)  # parts of all prog
 
 
 def part_of(text: str) -> int:
-    """0-9, fixed by the sum or bug-free program: splits share none, and pretraining draws TRAIN.
-
-    Where it then renames, it spells out 4 of the 200 test programs by chance.
-    """
+    """0-9, fixed by the sum or bug-free program: splits share none, and pretraining sees TRAIN."""
     return zlib.crc32(text.encode()) % 10
 
 
@@ -122,8 +127,8 @@ def distinct(draw: Callable[[random.Random], Example], count: int, seed: str) ->
 
 
 def tidy(source: str) -> str:
-    """Newlines as line ends, and no white space around."""
-    return re.sub("\r\n?", "\n", source).strip(" \t\n")
+    """Newlines as line ends, and no white space or byte order mark around."""
+    return re.sub("\r\n?", "\n", source).strip(" \t\n\u00a0\ufeff")
 
 
 # =============================================================================================
@@ -219,6 +224,352 @@ def arithmetic() -> Task:
 
 
 # =============================================================================================
+# Code edit, the verifier (1): is the answer one function, and nothing else?
+# =============================================================================================
+
+EMPTY_THOUGHT = re.compile(r"<think>\s*</think>")  # some models begin with one
+FENCE = re.compile(r"```(py|python3?)?\s*", re.IGNORECASE)
+BAD_CHARACTERS = re.compile("[\0\ufeff\ud800-\udfff]")  # NUL, byte order mark, lone surrogates
+PARSE_LIMIT = 20_000  # bytes: CPython's parser is not made for hostile megabytes
+MAX_HEIGHT = 100  # levels of a parse tree; all that works on it is recursive
+KEPT = 256  # sources whose results are kept: each is read a dozen times
+PARSE_LOCK = threading.Lock()  # catch_warnings swaps a global, and verifiers run in threads
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+DEFINITIONS = (*FUNCTIONS, ast.ClassDef)
+IMPORTS = (ast.Import, ast.ImportFrom)
+ABOVE = re.compile(r"([ \t]*(#.*)?\n)*")  # blank lines and comments above a statement
+
+
+def read_answer(example: Example, completion: str) -> tuple[str, str]:
+    """The whole program that a completion stands for, and '' or "format: why" it is none.
+
+    Asked for the corrected function only, a model rightly omits imports and helpers: they are put
+    back before anything is judged.
+    """
+    code, why = unwrap_answer(completion)
+    why = why or format_error(code, example)
+    return ("", f"format: {why}") if why else (put_back_omitted(code, example.buggy), "")
+
+
+def unwrap_answer(text: str) -> tuple[str, str]:
+    """(code, '') from bare code or one fenced block, else ('', why)."""
+    lines = tidy(EMPTY_THOUGHT.sub("", tidy(text), count=1)).split("\n")
+    fences = sum(line.startswith("```") for line in lines)
+    if fences:
+        if fences != 2 or not FENCE.fullmatch(lines[0]) or lines[-1].rstrip() != "```":
+            return "", "not one fenced block and nothing else"
+        lines = lines[1:-1]
+    code = tidy("\n".join(lines))
+    if BAD_CHARACTERS.search(code):
+        return "", "NUL, byte order mark or lone surrogate"
+    return code, "" if code else "empty"
+
+
+def format_error(code: str, example: Example) -> str:
+    """Why `code` is no answer to the example, or ''.
+
+    At the top level it may hold definitions, imports, comments, and statements that the buggy
+    source or the reference has there too. The rest is text, also where it happens to parse.
+    """
+    tree = parse_python(code)
+    if tree is None:
+        return f"not Python of at most {PARSE_LIMIT:,} bytes and {MAX_HEIGHT} levels"
+    if example.entry_point not in {n.name for n in tree.body if isinstance(n, FUNCTIONS)}:
+        return f"no function {example.entry_point}"
+    known = {key for source in (example.buggy, example.reference) for key, _ in top_level(source)}
+    loose = [node for node in tree.body if not isinstance(node, (*DEFINITIONS, *IMPORTS))]
+    return "" if {ast.unparse(node) for node in loose} <= known else "text outside the function"
+
+
+@functools.lru_cache(KEPT)
+def parse_python(source: str) -> ast.Module | None:
+    """The syntax tree; None where there is none, or the source is too long or too deep."""
+    try:
+        if len(source.encode()) > PARSE_LIMIT:
+            return None
+        with PARSE_LOCK, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+    level = [tree]
+    for _ in range(MAX_HEIGHT):
+        level = [child for node in level for child in ast.iter_child_nodes(node)]
+    return None if level else tree
+
+
+def top_level(source: str) -> list[tuple[str, str]]:
+    """(key, lines) of each statement at the top, with the comments and blank lines above it.
+
+    The key is the name of a definition, else the statement itself without its formatting.
+    """
+    tree, lines, begin, found = parse_python(source), source.split("\n"), 0, []
+    for node in tree.body if tree else ():
+        key = node.name if isinstance(node, DEFINITIONS) else ast.unparse(node)
+        found.append((key, "".join(f"{line}\n" for line in lines[begin:node.end_lineno])))
+        begin = max(begin, node.end_lineno)
+    return [*found, ("", "\n".join(lines[begin:]))]
+
+
+def put_back_omitted(code: str, shown: str) -> str:
+    """`shown` with the definitions of `code` in their places, and what `code` adds before them."""
+    given: dict[str, str] = {}
+    for key, text in top_level(shown):
+        given[key] = given.get(key, "") + text
+    placed, waiting = dict.fromkeys(given, ""), ""
+    for key, text in top_level(code):
+        waiting += text
+        if key in given:
+            above, own = (ABOVE.match(text)[0] for text in (given[key], waiting))
+            placed[key] += waiting if own.strip() else above + waiting[len(own):]
+            waiting = ""
+    return tidy("".join(placed[key] if placed[key].strip() else given[key] for key in given))
+
+
+# =============================================================================================
+# Code edit, the verifier (2): does it pass the tests?
+# =============================================================================================
+
+# Names by which an answer could run a program that is hidden in a string, where neither lines nor
+# complexity are seen. The sandbox keeps the machine safe; this keeps the edit metrics honest.
+HIDING = re.compile(r"(?<!\bre\.)\b(exec|eval|compile|getattr|globals|locals|vars|attrgetter"
+                    r"|methodcaller|__\w+__|(?:f|gi|cr|ag|tb)_(?:back|builtins|code|frame|globals"
+                    r"|locals|next))\b")
+
+
+def hiding_word(code: str, example: Example) -> str:
+    """The first such name that an answer adds, wherever it stands, or ''."""
+    known = {*HIDING.findall(example.buggy), *HIDING.findall(example.reference)}
+    found = HIDING.findall(unicodedata.normalize("NFKC", code))  # as Python reads names
+    return next((name for name in found if name not in known), "")
+
+
+def run_example(example: Example, code: str) -> Outcome:
+    """Run whole programs against the example's tests: whether all pass, and why not."""
+    if example.test_code:
+        return run_script(code, example.entry_point, example.test_code, example.seconds or 2.0)
+    return run_tests(code, example.entry_point, example.tests, example.from_json,
+                     example.seconds or 1.0, example.tolerance)
+
+
+TRIALS = 12  # statements that are left out to see whether a test notices
+GONE = "'left out'"  # stands where a statement was
+
+
+def without_idle(example: Example, code: str) -> str:
+    """A passing answer without the statements that it does not need to pass, largest first.
+
+    Old code that is kept beside the new, behind an early `return` or with its result dropped, makes
+    a rewrite look like a small edit. Only what the tests would miss has been kept. Statements that
+    the reference does not need either stay.
+    """
+    tried: set[str] = set()
+    for _ in range(TRIALS):
+        found = {kind: node for kind, node in statements(code).items() if kind not in tried}
+        if not found:
+            break
+        kind = max(found, key=len)
+        tried.add(kind)
+        twin = statements(example.reference).get(kind)
+        if twin is None or left_out(example, example.reference, twin) is None:
+            code = left_out(example, code, found[kind]) or code
+    return re.sub(rf"(?m)^ *{GONE}\n?", "", code)
+
+
+def statements(source: str) -> dict[str, ast.stmt]:
+    """The statements of a program by what they say; without docstrings and `pass`."""
+    return {ast.dump(node): node for node in ast.walk(parse_python(source))
+            if isinstance(node, ast.stmt) and not isinstance(node, ast.Pass)
+            and not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))}
+
+
+def left_out(example: Example, code: str, node: ast.stmt) -> str | None:
+    """`code` without a statement, if it passes all the same. Of an assignment only the value may be
+    idle: then None is assigned."""
+    shorter = [replaced(code, node, GONE)]
+    if isinstance(node, ast.Assign):
+        shorter.append(replaced(code, node.value, "None"))
+    return next((one for one in shorter if run_example(example, one).passed), None)
+
+
+def replaced(source: str, node: ast.AST, text: str) -> str:
+    """`source` with other text in the place of a node, decorators included."""
+    data = source.encode()  # columns count bytes
+    starts = [0, *itertools.accumulate(len(line) + 1 for line in data.split(b"\n"))]
+    first = min(part.lineno for part in [node, *getattr(node, "decorator_list", [])])
+    begin = starts[first - 1] + node.col_offset
+    end = starts[node.end_lineno - 1] + node.end_col_offset
+    return (data[:begin] + text.encode() + data[end:]).decode()
+
+
+# =============================================================================================
+# Code edit, the verifier (3): what did it change beyond the bug?
+# =============================================================================================
+
+BREAKS = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.ExceptHandler, ast.Match, ast.IfExp)
+LONG = 8  # characters of a token that is no name: where a longer one is new, its words count
+
+
+def edit_metrics(answer: str, buggy: str, reference: str) -> dict[str, float]:
+    """Shares in [0, 1], 0 for the reference: what the reward charges.
+
+    nel, acc, ulr    tokens, complexity and lines beyond those that the reference changes
+    excess_edit      for the report, signed, in [-1, 1]: S of the minimal-editing benchmark, where
+                     each of the two distances is divided by its own length
+    """
+    m, c, g = code_tokens(answer), code_tokens(buggy), code_tokens(reference)
+    known = {*c, *g}
+    spelt = [piece for token in m for piece in ([token] if token in known else in_words(token))]
+    cog_m, cog_c, cog_g = map(cognitive_complexity, (answer, buggy, reference))
+    extra = levenshtein(spelt, c) - levenshtein(g, c)
+    extra_lines = changed_lines(answer, buggy) - changed_lines(reference, buggy)
+    # differs: nel, acc and ulr are held in [0, 1], so that no pass is worth less than a fail
+    return {"nel": max(0, extra) / max(len(spelt), len(c), 1),
+            "acc": min(1.0, max(0, cog_m - max(cog_c, cog_g)) / 3),
+            "ulr": min(1.0, max(0, extra_lines) / len(buggy.split("\n"))),
+            "excess_edit": (levenshtein(m, c) / max(len(m), len(c), 1)
+                            - levenshtein(g, c) / max(len(g), len(c), 1))}
+
+
+def in_words(token: str) -> list[str]:
+    """A long string, number or comment in its words, so that no program is one token. Long words
+    are cut, since text can be encoded in one. Other tokens are left whole."""
+    if token.isidentifier() or token.isspace() or len(token) <= LONG:
+        return [token]
+    return re.findall(rf"\w{{1,{LONG}}}|[^\w\s]", token)
+
+
+def edit_reward(metrics: dict[str, float]) -> float:
+    """What a passing answer is worth: 1 for the smallest edit, at least 0 whatever it changed."""
+    return 1.0 - 0.5 * metrics["nel"] - 0.3 * metrics["acc"] - 0.2 * metrics["ulr"]
+
+
+def verify_edit(example: Example, completion: str) -> Verdict:
+    """Eq. 1 for code edits: the format, then the tests (-1 if they fail), then the edit's size.
+
+    An answer is worth no more than what is left of it without idle statements. What this cannot
+    see is old code inside an expression that the tests do need, as in `(new, old)[0]`.
+    """
+    code, reason = read_answer(example, completion)
+    if reason:
+        return Verdict(-1.0, False, False, reason, {})
+    word = hiding_word(code, example)
+    passed, reason = (False, f"gate: use of {word}") if word else run_example(example, code)
+    metrics = edit_metrics(code, example.buggy, example.reference)
+    if not passed:
+        return Verdict(-1.0, False, True, reason, metrics)
+    if statements(code).keys() != statements(example.reference).keys():
+        shorter = edit_metrics(without_idle(example, code), example.buggy, example.reference)
+        metrics = {name: max(value, shorter[name]) for name, value in metrics.items()}
+    return Verdict(edit_reward(metrics), True, True, "ok", metrics)
+
+
+def verify_program(example: Example, completion: str) -> Verdict:
+    """Format, then tests: 1 or -1. For general coding, where nothing is edited."""
+    code, why = read_answer(example, completion)
+    passed, reason = (False, why) if why else run_example(example, code)
+    return Verdict(1.0 if passed else -1.0, passed, not why, reason, {})
+
+
+def levenshtein(a: Sequence, b: Sequence) -> int:
+    """Fewest insertions, deletions and substitutions of items that turn `a` into `b`.
+
+    Bit-parallel (Myers 1999, in Hyyro's form of 2003): a column of the distance table is held
+    as differences, bit i of `up` (`down`) set where cell i is one above (below) the cell before
+    it, so that a whole column costs some fifteen operations on big integers.
+    """
+    start = sum(itertools.takewhile(bool, map(operator.eq, a, b)))
+    a, b = a[start:], b[start:]
+    stop = sum(itertools.takewhile(bool, map(operator.eq, reversed(a), reversed(b))))
+    a, b = a[:len(a) - stop], b[:len(b) - stop]
+    if not a:
+        return len(b)
+    places: dict = {}
+    for i, item in enumerate(a):
+        places[item] = places.get(item, 0) | 1 << i
+    ones, last = (1 << len(a)) - 1, 1 << (len(a) - 1)
+    up, down, distance = ones, 0, len(a)
+    for item in b:
+        match = places.get(item, 0)
+        level = (((match & up) + up) ^ up) | match | down    # equal to its upper left neighbour
+        rise = down | (ones & ~(level | up))                 # one above its left neighbour
+        fall = level & up                                    # one below it
+        distance += bool(rise & last) - bool(fall & last)
+        rise, fall = rise << 1 | 1, fall << 1                # row 0 rises by one a column
+        up = (fall | ~(level | rise)) & ones
+        down = rise & level & ones
+    return distance
+
+
+@functools.lru_cache(KEPT)
+def code_tokens(source: str) -> list[str]:
+    """Python tokens in order, comments and layout included. Never raises.
+
+    Each line end is a token, so blank lines count; an indent is its white space, so reindenting
+    a block costs one; a dedent is "". Broken code is split into words, signs and line ends.
+    From Python 3.12 on an f-string is several tokens, so compare numbers of one version only.
+    """
+    try:
+        tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
+    except (tokenize.TokenError, SyntaxError, ValueError):
+        return re.findall(r"\w+|[^\w\s]|\n", source)
+    return ["\n" if token.type in (tokenize.NEWLINE, tokenize.NL) else token.string
+            for token in tokens if token.type != tokenize.ENDMARKER]
+
+
+def changed_lines(a: str, b: str) -> int:
+    """Fewest inserted, deleted or replaced lines that turn `a` into `b`; white space counts.
+
+    As in a diff, i lines replaced by j count max(i, j); but difflib's greedy matching may
+    report more than is needed, and an answer must not be charged for that.
+    """
+    return levenshtein(a.split("\n"), b.split("\n"))
+
+
+@functools.lru_cache(KEPT)
+def cognitive_complexity(source: str) -> int:
+    """How hard the code is to follow, summed over its functions; 0 if it does not parse.
+
+    After the white paper of SonarSource (G. A. Campbell, version 1.5) and, where that leaves
+    Python open, SonarPython. Simpler than the paper in three places: `a or b and c or d` has two
+    operator sequences, not three; only direct recursion counts; decorators nest like other
+    functions.
+    """
+    tree = parse_python(source)
+    # A function nests its body by one; for those at the top (or in a class) this must give 0.
+    todo = [(node, -isinstance(node, DEFINITIONS)) for node in tree.body] if tree else []
+    total = 0
+    while todo:
+        node, nesting = todo.pop()
+        total += increment(node, nesting)
+        whole = isinstance(node, (ast.IfExp, ast.Lambda))
+        body = (ast.stmt, ast.match_case) if isinstance(node, BREAKS + FUNCTIONS) else ()
+        for child in ast.iter_child_nodes(node):     # bodies nest, conditions and `elif` do not
+            nests = whole or (isinstance(child, body) and child is not find_elif(node))
+            todo.append((child, nesting + nests))
+    return total
+
+
+def increment(node: ast.AST, nesting: int) -> int:
+    """What one node adds to the complexity, `nesting` levels deep."""
+    if isinstance(node, FUNCTIONS):
+        return any(isinstance(call, ast.Call) and isinstance(call.func, ast.Name)
+                   and call.func.id == node.name for call in ast.walk(node))
+    cost = isinstance(node, ast.BoolOp) + isinstance(node, BREAKS) * (1 + nesting)
+    if find_elif(node):
+        return cost - nesting        # so that the `elif`, an If as deep as this, adds only 1
+    return cost + (isinstance(node, ast.stmt) and bool(getattr(node, "orelse", None)))
+
+
+def find_elif(node: ast.AST) -> ast.stmt | None:
+    """The `elif` of an `if`; `else: if` has the same tree, but starts in another column."""
+    orelse = node.orelse if isinstance(node, ast.If) else []
+    chained = (len(orelse) == 1 and isinstance(orelse[0], ast.If)
+               and orelse[0].col_offset == node.col_offset)
+    return orelse[0] if chained else None
+
+
+# =============================================================================================
 # Code edit, the problems: function families x bug operators
 # =============================================================================================
 
@@ -230,402 +581,123 @@ Change only what is necessary.
 Return only the corrected function."""
 
 # A family is a function with a docstring that decides every detail, so that each bug can be seen
-# from the prompt. Its first line names the kinds of its inputs. In an instance the names in NAMES
-# and the constants J and K are drawn anew. Written as `ast.unparse` writes, so that a bug changes
-# nothing but itself.
-FAMILIES = '''
-ints
-def sum_above(xs):
-    """Sum of the xs greater than K."""
-    total = 0
-    for x in xs:
-        if x > K:
-            total += x
-    return total
-
-ints
-def sum_at_most(xs):
-    """Sum of the xs that are at most K."""
-    total = 0
-    for x in xs:
-        if x <= K:
-            total += x
-    return total
-
-ints
-def count_above(xs):
-    """Number of xs greater than K."""
-    total = 0
-    for x in xs:
-        if x > K:
-            total += 1
-    return total
-
-ints
-def count_equal(xs):
-    """Number of xs equal to K."""
-    total = 0
-    for x in xs:
-        if x == K:
-            total += 1
-    return total
-
-ints
-def count_multiples(xs):
-    """Number of xs divisible by K."""
-    total = 0
-    for x in xs:
-        if x % K == 0:
-            total += 1
-    return total
-
-ints
-def keep_below(xs):
-    """List of the xs less than K."""
-    out = []
-    for x in xs:
-        if x < K:
-            out.append(x)
-    return out
-
-ints
-def drop_multiples(xs):
-    """List of the xs not divisible by K."""
-    out = []
-    for x in xs:
-        if x % K != 0:
-            out.append(x)
-    return out
-
-ints
-def scale_all(xs):
-    """List of x * K for each x in xs."""
-    out = []
-    for x in xs:
-        out.append(x * K)
-    return out
-
-ints
-def shift_all(xs):
-    """List of x + K for each x in xs."""
-    out = []
-    for x in xs:
-        out.append(x + K)
-    return out
-
-ints
-def double_plus(xs):
-    """List of J * x + K for each x in xs."""
+# from the prompt: the kinds of its inputs, its name and arguments, its docstring; below, its body
+# (`read_families` says how it is laid out). In an instance the names in NAMES and the constants J
+# and K are drawn anew.
+FAMILIES = """
+ints | sum_above(xs) | Sum of the xs greater than K.
+    total = 0; for x in xs: if x > K: total += x; return total
+ints | sum_at_most(xs) | Sum of the xs that are at most K.
+    total = 0; for x in xs: if x <= K: total += x; return total
+ints | count_above(xs) | Number of xs greater than K.
+    total = 0; for x in xs: if x > K: total += 1; return total
+ints | count_equal(xs) | Number of xs equal to K.
+    total = 0; for x in xs: if x == K: total += 1; return total
+ints | count_multiples(xs) | Number of xs divisible by K.
+    total = 0; for x in xs: if x % K == 0: total += 1; return total
+ints | keep_below(xs) | List of the xs less than K.
+    out = []; for x in xs: if x < K: out.append(x); return out
+ints | drop_multiples(xs) | List of the xs not divisible by K.
+    out = []; for x in xs: if x % K != 0: out.append(x); return out
+ints | scale_all(xs) | List of x * K for each x in xs.
+    out = []; for x in xs: out.append(x * K); return out
+ints | shift_all(xs) | List of x + K for each x in xs.
+    out = []; for x in xs: out.append(x + K); return out
+ints | double_plus(xs) | List of J * x + K for each x in xs.
     return [J * x + K for x in xs]
-
-ints
-def squares_below(xs):
-    """List of x * x for each x in xs less than K."""
+ints | squares_below(xs) | List of x * x for each x in xs less than K.
     return [x * x for x in xs if x < K]
-
-ints
-def sum_squares(xs):
-    """Sum of x * x for each x in xs."""
-    total = 0
-    for x in xs:
-        total += x * x
-    return total
-
-ints
-def sum_from(xs):
-    """K plus the sum of the xs."""
-    total = K
-    for x in xs:
-        total += x
-    return total
-
-ints
-def largest(xs):
-    """Greatest of the xs."""
-    best = xs[0]
-    for x in xs:
-        if x > best:
-            best = x
-    return best
-
-ints
-def smallest(xs):
-    """Least of the xs."""
-    best = xs[0]
-    for x in xs:
-        if x < best:
-            best = x
-    return best
-
-ints
-def first_minus_last(xs):
-    """First of the xs minus the last."""
-    first = xs[0]
-    last = xs[-1]
-    return first - last
-
-ints
-def spread(xs):
-    """Greatest of the xs minus the least."""
+ints | sum_squares(xs) | Sum of x * x for each x in xs.
+    total = 0; for x in xs: total += x * x; return total
+ints | sum_from(xs) | K plus the sum of the xs.
+    total = K; for x in xs: total += x; return total
+ints | largest(xs) | Greatest of the xs.
+    best = xs[0]; for x in xs: if x > best: best = x; return best
+ints | smallest(xs) | Least of the xs.
+    best = xs[0]; for x in xs: if x < best: best = x; return best
+ints | first_minus_last(xs) | First of the xs minus the last.
+    first = xs[0]; last = xs[-1]; return first - last
+ints | spread(xs) | Greatest of the xs minus the least.
     return max(xs) - min(xs)
-
-ints
-def capped_max(xs):
-    """Greatest of the xs, but at most K."""
+ints | capped_max(xs) | Greatest of the xs, but at most K.
     return min(max(xs), K)
-
-ints
-def has_value(xs):
-    """True if one of the xs is equal to K, else False."""
-    for x in xs:
-        if x == K:
-            return True
-    return False
-
-ints
-def all_above(xs):
-    """False if one of the xs is at most K, else True."""
-    for x in xs:
-        if x <= K:
-            return False
-    return True
-
-ints
-def is_long(xs):
-    """True if there are more than K xs, else False."""
+ints | has_value(xs) | True if one of the xs is equal to K, else False.
+    for x in xs: if x == K: return True; return False
+ints | all_above(xs) | False if one of the xs is at most K, else True.
+    for x in xs: if x <= K: return False; return True
+ints | is_long(xs) | True if there are more than K xs, else False.
     return len(xs) > K
-
-ints
-def without_first(xs):
-    """List of the xs without the first K."""
+ints | without_first(xs) | List of the xs without the first K.
     return xs[K:]
-
-ints
-def first_few(xs):
-    """List of the first K xs."""
+ints | first_few(xs) | List of the first K xs.
     return xs[:K]
-
-ints
-def index_of(xs):
-    """Index of the first of the xs equal to K, or -1."""
-    for i in range(len(xs)):
-        if xs[i] == K:
-            return i
-    return -1
-
-ints
-def sorted_top(xs):
-    """List of the K greatest xs, greatest first."""
+ints | index_of(xs) | Index of the first of the xs equal to K, or -1.
+    for i in range(len(xs)): if xs[i] == K: return i; return -1
+ints | sorted_top(xs) | List of the K greatest xs, greatest first.
     return sorted(xs, reverse=True)[:K]
-
-int
-def sum_to(n):
-    """Sum of i for i from 1 to n."""
-    total = 0
-    for i in range(1, n + 1):
-        total += i
-    return total
-
-int
-def sum_until(n):
-    """Sum of i * K for i from 0 to n - 1."""
-    total = 0
-    for i in range(n):
-        total += i * K
-    return total
-
-int
-def product_to(n):
-    """Product of i for i from 1 to n."""
-    total = 1
-    for i in range(1, n + 1):
-        total *= i
-    return total
-
-int
-def multiples_to(n):
-    """List of i from 1 to n divisible by K."""
+int | sum_to(n) | Sum of i for i from 1 to n.
+    total = 0; for i in range(1, n + 1): total += i; return total
+int | sum_until(n) | Sum of i * K for i from 0 to n - 1.
+    total = 0; for i in range(n): total += i * K; return total
+int | product_to(n) | Product of i for i from 1 to n.
+    total = 1; for i in range(1, n + 1): total *= i; return total
+int | multiples_to(n) | List of i from 1 to n divisible by K.
     return [i for i in range(1, n + 1) if i % K == 0]
-
-int int
-def power_sum(n, m):
-    """n times m, plus K."""
-    total = n * m
-    return total + K
-
-int int
-def clamp_low(n, m):
-    """n plus m, but at least K."""
+int int | power_sum(n, m) | n times m, plus K.
+    total = n * m; return total + K
+int int | clamp_low(n, m) | n plus m, but at least K.
     return max(n + m, K)
-
-int int
-def larger(n, m):
-    """Greater of n and m."""
-    if n > m:
-        return n
-    return m
-
-int int
-def in_order(n, m):
-    """True if n is less than m, else False."""
+int int | larger(n, m) | Greater of n and m.
+    if n > m: return n; return m
+int int | in_order(n, m) | True if n is less than m, else False.
     return n < m
-
-int int
-def distance(n, m):
-    """Absolute value of n minus m."""
+int int | distance(n, m) | Absolute value of n minus m.
     return abs(n - m)
-
-int int
-def between(n, m):
-    """Sum of i for i from n to m."""
-    total = 0
-    for i in range(n, m + 1):
-        total += i
-    return total
-
-word
-def count_letter(s):
-    """Number of times 'a' is in s."""
-    total = 0
-    for c in s:
-        if c == 'a':
-            total += 1
-    return total
-
-word int
-def repeat_word(s, n):
-    """s repeated n times, then 'K'."""
-    out = s * n
-    return out + 'K'
-
-word word
-def join_words(s, t):
-    """s, then '-', then t."""
+int int | between(n, m) | Sum of i for i from n to m.
+    total = 0; for i in range(n, m + 1): total += i; return total
+word | count_letter(s) | Number of times 'a' is in s.
+    total = 0; for c in s: if c == 'a': total += 1; return total
+word int | repeat_word(s, n) | s repeated n times, then 'K'.
+    out = s * n; return out + 'K'
+word word | join_words(s, t) | s, then '-', then t.
     return s + '-' + t
-
-word
-def is_short(s):
-    """True if s has fewer than K letters, else False."""
+word | is_short(s) | True if s has fewer than K letters, else False.
     return len(s) < K
-
-word
-def without_letter(s):
-    """s without each 'a'."""
-    out = ''
-    for c in s:
-        if c != 'a':
-            out += c
-    return out
-
-words
-def long_words(ws):
-    """List of the ws with more than K letters."""
-    out = []
-    for w in ws:
-        if len(w) > K:
-            out.append(w)
-    return out
-
-words
-def total_letters(ws):
-    """Number of letters of all ws."""
-    total = 0
-    for w in ws:
-        total += len(w)
-    return total
-'''
+word | without_letter(s) | s without each 'a'.
+    out = ''; for c in s: if c != 'a': out += c; return out
+words | long_words(ws) | List of the ws with more than K letters.
+    out = []; for w in ws: if len(w) > K: out.append(w); return out
+words | total_letters(ws) | Number of letters of all ws.
+    total = 0; for w in ws: total += len(w); return total
+"""
 
 # Never seen in post-training, nor in the pretraining of the tiny model.
-FAMILIES_UNSEEN = '''
-ints
-def sum_multiples(xs):
-    """Sum of the xs divisible by K."""
-    total = 0
-    for x in xs:
-        if x % K == 0:
-            total += x
-    return total
-
-ints
-def keep_equal_or_more(xs):
-    """List of the xs that are at least K."""
-    out = []
-    for x in xs:
-        if x >= K:
-            out.append(x)
-    return out
-
-ints
-def count_not(xs):
-    """Number of xs not equal to K."""
-    total = 0
-    for x in xs:
-        if x != K:
-            total += 1
-    return total
-
-ints
-def minus_all(xs):
-    """List of x - K for each x in xs."""
-    out = []
-    for x in xs:
-        out.append(x - K)
-    return out
-
-ints
-def product_of(xs):
-    """Product of the xs."""
-    total = 1
-    for x in xs:
-        total *= x
-    return total
-
-ints
-def gap_sum(xs):
-    """Sum of the absolute values of x - K for each x in xs."""
-    total = 0
-    for x in xs:
-        total += abs(x - K)
-    return total
-
-ints
-def last_minus_least(xs):
-    """Last of the xs minus the least."""
+FAMILIES_UNSEEN = """
+ints | sum_multiples(xs) | Sum of the xs divisible by K.
+    total = 0; for x in xs: if x % K == 0: total += x; return total
+ints | keep_equal_or_more(xs) | List of the xs that are at least K.
+    out = []; for x in xs: if x >= K: out.append(x); return out
+ints | count_not(xs) | Number of xs not equal to K.
+    total = 0; for x in xs: if x != K: total += 1; return total
+ints | minus_all(xs) | List of x - K for each x in xs.
+    out = []; for x in xs: out.append(x - K); return out
+ints | product_of(xs) | Product of the xs.
+    total = 1; for x in xs: total *= x; return total
+ints | gap_sum(xs) | Sum of the absolute values of x - K for each x in xs.
+    total = 0; for x in xs: total += abs(x - K); return total
+ints | last_minus_least(xs) | Last of the xs minus the least.
     return xs[-1] - min(xs)
-
-ints int
-def count_above_n(xs, n):
-    """Number of xs greater than n."""
-    total = 0
-    for x in xs:
-        if x > n:
-            total += 1
-    return total
-
-int int
-def square_gap(n, m):
-    """n * n minus m * m."""
+ints int | count_above_n(xs, n) | Number of xs greater than n.
+    total = 0; for x in xs: if x > n: total += 1; return total
+int int | square_gap(n, m) | n * n minus m * m.
     return n * n - m * m
-
-word
-def initial_upper(s):
-    """First letter of s as a capital."""
+word | initial_upper(s) | First letter of s as a capital.
     return s[0].upper()
-
-words
-def starting_with(ws):
-    """List of the ws that start with 'a'."""
-    out = []
-    for w in ws:
-        if w.startswith('a'):
-            out.append(w)
-    return out
-
-words
-def shouted(ws):
-    """List of each of the ws in capitals."""
+words | starting_with(ws) | List of the ws that start with 'a'.
+    out = []; for w in ws: if w.startswith('a'): out.append(w); return out
+words | shouted(ws) | List of each of the ws in capitals.
     return [w.upper() for w in ws]
-'''
+"""
 
 NAMES = {  # identifier in a template -> its names in instances; the pools are disjoint
     "xs": ["xs", "numbers", "values", "nums", "items", "data", "scores", "ages"],
@@ -647,8 +719,7 @@ NAMES = {  # identifier in a template -> its names in instances; the pools are d
 PREFIXES = ["", "get_", "my_", "calc_"]
 
 
-@dataclass(frozen=True)
-class Family:
+class Family(NamedTuple):
     """A template, its inputs and the name of its function."""
 
     name: str
@@ -658,19 +729,26 @@ class Family:
 
 @functools.cache
 def read_families(text: str) -> list[Family]:
-    """The blocks of FAMILIES."""
-    blocks = (block.split("\n", 1) for block in text.strip().split("\n\n"))
-    return [Family(re.search(r"def (\w+)", source)[1], tuple(kinds.split()), source)
-            for kinds, source in blocks]
+    """The families of FAMILIES. "; " ends a statement of the body, ": " opens a deeper block."""
+    lines, families = iter(text.strip().split("\n")), []
+    for heading, body in zip(lines, lines, strict=True):
+        kinds, head, docstring = heading.split(" | ")
+        source = [f"def {head}:", f'    """{docstring}"""']
+        for statement in body.strip().split("; "):
+            source += ["    " * depth + part for depth, part in
+                       enumerate(re.split("(?<=:) ", statement), 1)]
+        families.append(Family(head.split("(")[0], tuple(kinds.split()), "\n".join(source)))
+    return families
 
 
-def instantiate(family: Family, rng: random.Random) -> tuple[str, str]:
-    """A family with fresh names and constants: (source, entry point)."""
+def instantiate(family: Family, rng: random.Random) -> tuple[str, str, str]:
+    """A family with fresh names and constants: (source, entry point, source without new names)."""
     names = {name: rng.choice(pool) for name, pool in NAMES.items()}
-    names |= {"J": str(rng.randint(2, 4)), "K": str(rng.randint(2, 6)),
-              family.name: rng.choice(PREFIXES) + family.name}
-    source = re.sub(r"\w+", lambda found: names.get(found[0], found[0]), family.source)
-    return source, names[family.name]
+    constants = {"J": str(rng.randint(2, 4)), "K": str(rng.randint(2, 6))}
+    names[family.name] = rng.choice(PREFIXES) + family.name
+    plain = re.sub(r"\w+", lambda found: constants.get(found[0], found[0]), family.source)
+    source = re.sub(r"\w+", lambda found: names.get(found[0], found[0]), plain)
+    return source, names[family.name], plain
 
 
 def draw_input(kind: str, rng: random.Random):
@@ -791,32 +869,29 @@ def draw_bug(source: str, operators: dict[str, int], rng: random.Random) -> tupl
     if not found:
         return None
     _, node, wrong = rng.choice(found)
-    starts = [0, *itertools.accumulate(len(line) + 1 for line in source.split("\n"))]
-    begin = starts[node.lineno - 1] + node.col_offset
-    end = starts[node.end_lineno - 1] + node.end_col_offset
-    return operator, source[:begin] + ast.unparse(wrong) + source[end:]
+    return operator, replaced(source, node, ast.unparse(wrong))
 
 
 STEPS = 2000  # lines that one of our own functions may run
 
 
-def outcomes(source: str, name: str, inputs: list[list]) -> list[str]:
+def outcomes(source: str, name: str, inputs: list[list]) -> Iterator[str]:
     """What one of our own functions does on each input: the repr of its value, or its exception.
 
     Only for functions made in this file: it runs them right here, with a bound on their steps.
     """
     scope: dict = {}
     exec(source, scope)
-    results, before = [], sys.gettrace()
     for args in inputs:
+        before = sys.gettrace()
         try:
             sys.settrace(partial(count_steps, itertools.count()))
-            results.append(repr(scope[name](*copy.deepcopy(args))))
+            result = repr(scope[name](*copy.deepcopy(args)))
         except Exception as error:
-            results.append(type(error).__name__)
+            result = type(error).__name__
         finally:
             sys.settrace(before)
-    return results
+        yield result
 
 
 def count_steps(steps: Iterator[int], frame, event: str, arg):
@@ -834,19 +909,38 @@ def edit_example(id: str, buggy: str, reference: str, entry_point: str,
                    entry_point=entry_point, tests=tests, test_code=test_code)
 
 
+POOL = 200  # inputs: two programs that agree on all of them are taken to be the same
+
+
+@functools.cache
+def strong_tests(source: str, kinds: tuple[str, ...]) -> tuple:
+    """Tests ((args, expected), ...) that fail every wrong program that is one bug away.
+
+    Some inputs, the first that gives another value than they, and for each bug the first that
+    shows it.
+    """
+    rng, tree = random.Random(source), ast.parse(source).body[0]
+    pool = [[draw_input(kind, rng) for kind in kinds] for _ in range(POOL)]
+    right = list(outcomes(source, tree.name, pool))
+    chosen = {0, 1, 2, 3, next(i for i, value in enumerate(right) if value != right[0])}
+    for wrong in {replaced(source, node, ast.unparse(bug)) for _, node, bug in bugs_in(tree)}:
+        pairs = enumerate(zip(right, outcomes(wrong, tree.name, pool), strict=False))
+        chosen |= set(itertools.islice((i for i, (a, b) in pairs if a != b), 1))
+    return tuple((pool[i], ast.literal_eval(right[i])) for i in sorted(chosen))
+
+
 def make_edit(families: list[Family], operators: dict[str, int], parts: range,
               rng: random.Random) -> Example:
     """A problem of the given parts whose bug fails a test and whose reference passes all."""
     while True:
         family = rng.choice(families)
-        source, entry = instantiate(family, rng)
+        source, entry, plain = instantiate(family, rng)
         bug = draw_bug(source, operators, rng) if part_of(source) in parts else None
         if bug is None:
             continue
-        inputs = [[draw_input(kind, rng) for kind in family.kinds] for _ in range(8)]
-        right = outcomes(source, entry, inputs)
-        if outcomes(bug[1], entry, inputs) != right:
-            tests = tuple(zip(inputs, map(ast.literal_eval, right), strict=True))
+        tests = strong_tests(plain, family.kinds)
+        found = outcomes(bug[1], entry, [args for args, _ in tests])
+        if any(one != repr(expected) for one, (_, expected) in zip(found, tests, strict=True)):
             return edit_example(f"{family.name}/{bug[0]}/{entry}", bug[1], source, entry, tests)
 
 
@@ -854,400 +948,6 @@ def edit_problems(families: list[Family], operators: dict[str, int], parts: rang
                   seed: str) -> list[Example]:
     """`count` different problems from the given parts."""
     return distinct(partial(make_edit, families, operators, parts), count, seed)
-
-
-# =============================================================================================
-# Code edit, the verifier: is it one function, and nothing else?
-# =============================================================================================
-
-BAD_CHARACTERS = re.compile("[\0\ufeff\ud800-\udfff]")  # NUL, byte order mark, lone surrogates
-PARSE_LIMIT = 20_000  # bytes: CPython's parser is not made for hostile megabytes
-KEPT = 256  # sources whose results are kept: each is read a dozen times
-PARSE_LOCK = threading.Lock()  # catch_warnings swaps a global, and verifiers run in threads
-FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
-
-
-def read_answer(example: Example, completion: str) -> tuple[str, str]:
-    """The code of a completion, and "" or "format: why"."""
-    code, reason = unwrap_answer(completion)
-    why = "" if reason else format_error(code, example.buggy, example.entry_point)
-    return code, f"format: {why}" if why else reason
-
-
-def unwrap_answer(text: str) -> tuple[str, str]:
-    """(code, "") from bare code or one fenced block, else ("", "format: why")."""
-    if BAD_CHARACTERS.search(text):
-        return "", "format: NUL, byte order mark or lone surrogate"
-    lines = tidy(text).split("\n")
-    fences = sum(line.startswith("```") for line in lines)
-    if fences:
-        opened, closed = lines[0].rstrip() in ("```", "```python"), lines[-1] == "```"
-        if fences != 2 or not opened or not closed:
-            return "", "format: not one fenced block and nothing else"
-        lines = lines[1:-1]
-    code = tidy("\n".join(lines))
-    return code, "" if code else "format: empty"
-
-
-def format_error(code: str, shown: str, entry_point: str) -> str:
-    """Why `code` is no answer to the source `shown`, or "".
-
-    At the top level it may hold functions, imports and the lines that `shown` has there too.
-    The rest is text around the function, also where it happens to parse.
-    """
-    tree = parse_python(code)
-    if tree is None:
-        return f"not Python of at most {PARSE_LIMIT:,} bytes"
-    if entry_point not in {node.name for node in tree.body if isinstance(node, FUNCTIONS)}:
-        return f"no function {entry_point}"
-    return "text outside the function" if loose_lines(code) - loose_lines(shown) else ""
-
-
-def loose_lines(source: str) -> set[str]:
-    """Lines at the top level that belong to no function and no import, comments included."""
-    inside, outside = set(), set()
-    for node in parse_python(source).body:
-        first = min(part.lineno for part in [node, *getattr(node, "decorator_list", [])])
-        home = isinstance(node, (*FUNCTIONS, ast.Import, ast.ImportFrom))
-        (inside if home else outside).update(range(first, node.end_lineno + 1))
-    # A comment after a function belongs to it if it is indented.
-    return {line for number, line in enumerate(source.split("\n"), 1) if number in outside
-            or (number not in inside and line.strip() and line[0] not in " \t")}
-
-
-@functools.lru_cache(KEPT)
-def parse_python(source: str) -> ast.Module | None:
-    """The syntax tree; None where there is none, or the source is too long or too deep."""
-    try:
-        if len(source.encode()) > PARSE_LIMIT:
-            return None
-        with PARSE_LOCK, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
-
-
-# =============================================================================================
-# Code edit, the verifier: is it an honest edit?
-# The static gate keeps the edit metrics honest, not the machine safe: a program inside an exec
-# string is one token of complexity 0, and old code below an early `return` looks like a small
-# edit. An answer may hold nothing suspect that the buggy source does not hold just so.
-# =============================================================================================
-
-MAX_HEIGHT = 100  # levels of the parse tree; all that works on it is recursive
-BANNED = re.compile(
-    r"exec|eval|compile|open|globals|locals|vars|[gs]etattr|delattr|input|breakpoint|exit|quit"
-    r"|__\w+__|f_(back|builtins|code|globals|locals|trace)|(gi|cr|ag|tb)_(frame|code|next)"
-    r"|co_(code|consts)"
-)
-MATH = re.compile(r"import math( as \w+)?|from math import .+")  # what an answer may newly import
-
-
-def static_gate(answer: str, buggy: str) -> str:
-    """'' or "gate: why" `answer` is no honest edit of `buggy`, which must parse."""
-    if len(answer) > 4 * len(buggy) + 2000:
-        return "gate: too long"
-    source, tree = parse_python(buggy), parse_python(answer)
-    if tree is None:
-        return "gate: does not parse"
-    nodes = list(ast.walk(source))
-    own = {node.arg for node in nodes if isinstance(node, ast.arg)}
-    own |= {node.id for node in nodes
-            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-    if height(tree) > max(MAX_HEIGHT, height(source)):
-        return "gate: too deeply nested"
-    added = Counter(suspects(tree, own)) - Counter(suspects(source, own))
-    return f"gate: {next(iter(added))[0]}" if added else ""
-
-
-def height(tree: ast.AST) -> int:
-    """Levels of a parse tree."""
-    level, count = [tree], 0
-    while level:
-        level, count = [child for node in level for child in ast.iter_child_nodes(node)], count + 1
-    return count
-
-
-def suspects(tree: ast.Module, own: set[str]) -> Iterator[tuple[str, str]]:
-    """(why, what) for all that an answer must have in common with the buggy source. `own`: names
-    that the buggy source binds itself, be they those of dangerous builtins."""
-    functions = [node for node in ast.walk(tree) if isinstance(node, FUNCTIONS)]
-    yield "not the same functions and signatures", repr(list(map(signature, functions)))
-    for node in tree.body:
-        if not isinstance(node, (*FUNCTIONS, ast.Import, ast.ImportFrom)):
-            yield "top-level statement", ast.dump(node)
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.ClassDef, ast.Global)):
-            yield "class or global", ""
-        if isinstance(node, (ast.Import, ast.ImportFrom)) and not MATH.fullmatch(ast.unparse(node)):
-            yield "new import", ast.unparse(node)
-        if isinstance(node, (ast.If, ast.IfExp, ast.While)) and is_constant(node):
-            yield "constant condition", ""
-        if isinstance(node, FUNCTIONS) and node.lineno == node.body[0].lineno:
-            yield "several statements on one line", ""
-        if isinstance(node, ast.stmt):
-            yield from banned_names(node, own)
-        for name in ("body", "orelse", "finalbody"):
-            yield from layout(getattr(node, name, None))
-
-
-def signature(node: ast.FunctionDef) -> str:
-    """All of a function but its body: defaults, annotations and decorators are code too."""
-    parts = [node.args, *node.decorator_list, *filter(None, [node.returns])]
-    return " ".join([type(node).__name__, node.name, *map(ast.dump, parts)])
-
-
-def is_endless(node: ast.AST) -> bool:
-    """Whether a node is `while True`, the one constant condition of honest code."""
-    return isinstance(node, ast.While) and getattr(node.test, "value", None) in (True, 1)
-
-
-def is_constant(node: ast.If | ast.IfExp | ast.While) -> bool:
-    """Whether a condition, other than that of `while True`, depends on nothing."""
-    varies = any(isinstance(part, ast.Name) for part in ast.walk(node.test))
-    return not varies and not is_endless(node)
-
-
-def banned_names(statement: ast.stmt, own: set[str]) -> Iterator[tuple[str, str]]:
-    """Each banned name in a statement's own expressions, with the whole expression around it."""
-    for child in ast.iter_child_nodes(statement):
-        for node in [] if isinstance(child, ast.stmt) else ast.walk(child):
-            name = getattr(node, "id", getattr(node, "attr", ""))
-            if BANNED.fullmatch(name) and name not in own:
-                yield f"use of {name}", ast.dump(child)
-
-
-def layout(block: object) -> Iterator[tuple[str, str]]:
-    """Neighbours in a block: statements never reached, or on one line."""
-    for before, after in zip(block, block[1:], strict=False) if isinstance(block, list) else ():
-        if ends(before):
-            yield "unreachable code", ""
-        if after.lineno == before.end_lineno:
-            yield "several statements on one line", ""
-
-
-def ends(node: ast.stmt) -> bool:
-    """Whether control never passes a statement. (A `with` could swallow an exception and pass, but
-    then an answer could hide the old code below a `return` in one.)"""
-    if isinstance(node, ast.If):
-        return any(map(ends, node.body)) and any(map(ends, node.orelse))
-    if isinstance(node, (ast.With, ast.AsyncWith)):
-        return any(map(ends, node.body))
-    if isinstance(node, (ast.Try, ast.TryStar)):
-        ways = [node.body + node.orelse, *(handler.body for handler in node.handlers)]
-        return any(map(ends, node.finalbody)) or all(any(map(ends, way)) for way in ways)
-    if is_endless(node):
-        return not any(isinstance(inner, ast.Break) for inner in ast.walk(node))
-    return isinstance(node, (ast.Return, ast.Raise, ast.Break, ast.Continue))
-
-
-# =============================================================================================
-# Code edit, the verifier: does it pass the tests?
-# =============================================================================================
-
-
-def run_example(example: Example, code: str) -> str:
-    """The judge's word on an answer: "ok", or why it fails."""
-    code = put_back_omitted(code, example.buggy)
-    if example.test_code:
-        fault = run_script(code, example.entry_point, example.test_code)
-    else:
-        fault = run_tests(code, example.entry_point, example.tests, example.from_json)
-    return "ok" if fault == "" else str(fault)       # a judge that says None has passed nobody
-
-
-def put_back_omitted(code: str, shown: str) -> str:
-    """`code` below whatever `shown` has at the top and `code` left out.
-
-    Asked for the corrected function only, a model rightly omits imports and helpers.
-    """
-    body = parse_python(code).body
-    defined = {node.name for node in body if isinstance(node, FUNCTIONS)}
-    present = {ast.unparse(node) for node in body if not isinstance(node, FUNCTIONS)}
-    missing = [ast.unparse(node) for node in parse_python(shown).body
-               if getattr(node, "name", None) not in defined]
-    return "\n".join([text for text in missing if text not in present] + [code])
-
-
-# =============================================================================================
-# Code edit, the verifier: what did it change beyond the bug?
-# =============================================================================================
-
-BREAKS = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.ExceptHandler, ast.Match, ast.IfExp)
-
-
-def edit_metrics(answer: str, buggy: str, reference: str) -> dict[str, float]:
-    """Shares in [0, 1]; the reference has 0 in the first four and 1 in the last three.
-
-    nel, acc, ulr    tokens, complexity and lines beyond the reference: the reward charges these
-    excess_edit      signed, in [-1, 1]: S of the minimal-editing benchmark, where each of the
-                     two distances is divided by its own length
-    names_kept       of the identifiers in both sources, those that the answer has too
-    formatting_kept  of the lines in both sources that the answer has up to white space, those
-                     that it has verbatim
-    structure_kept   1 - excess of the kinds of statement, read level by level
-    """
-    m, c, g = code_tokens(answer), code_tokens(buggy), code_tokens(reference)
-    cog_m, cog_c, cog_g = map(cognitive_complexity, (answer, buggy, reference))
-    extra_lines = changed_lines(answer, buggy) - changed_lines(reference, buggy)
-    names = identifiers(c) & identifiers(g)
-    # differs: nel, acc and ulr are held in [0, 1], so that no pass is worth less than a fail
-    return {"nel": excess(m, c, g),
-            "acc": min(1.0, max(0, cog_m - max(cog_c, cog_g)) / 3),
-            "ulr": min(1.0, max(0, extra_lines) / len(buggy.split("\n"))),
-            "excess_edit": (levenshtein(m, c) / max(len(m), len(c), 1)
-                            - levenshtein(g, c) / max(len(g), len(c), 1)),
-            "names_kept": len(names & identifiers(m)) / len(names) if names else 1.0,
-            "formatting_kept": formatting_kept(answer, buggy, reference),
-            "structure_kept": 1 - excess(*map(statement_kinds, (answer, buggy, reference)))}
-
-
-def excess(answer: Sequence, buggy: Sequence, reference: Sequence) -> float:
-    """Share in [0, 1] of items changed beyond what the reference changed."""
-    extra = levenshtein(answer, buggy) - levenshtein(reference, buggy)
-    return max(0, extra) / max(len(answer), len(buggy), 1)
-
-
-def levenshtein(a: Sequence, b: Sequence) -> int:
-    """Fewest insertions, deletions and substitutions of items that turn `a` into `b`.
-
-    Bit-parallel (Myers 1999, in Hyyro's form of 2003): a column of the distance table is held
-    as differences, bit i of `up` (`down`) set where cell i is one above (below) the cell before
-    it, so that a whole column costs some fifteen operations on big integers.
-    """
-    start = sum(itertools.takewhile(bool, map(operator.eq, a, b)))
-    a, b = a[start:], b[start:]
-    stop = sum(itertools.takewhile(bool, map(operator.eq, reversed(a), reversed(b))))
-    a, b = a[:len(a) - stop], b[:len(b) - stop]
-    if not a:
-        return len(b)
-    places: dict = {}
-    for i, item in enumerate(a):
-        places[item] = places.get(item, 0) | 1 << i
-    ones, last = (1 << len(a)) - 1, 1 << (len(a) - 1)
-    up, down, distance = ones, 0, len(a)
-    for item in b:
-        match = places.get(item, 0)
-        level = (((match & up) + up) ^ up) | match | down    # equal to its upper left neighbour
-        rise = down | (ones & ~(level | up))                 # one above its left neighbour
-        fall = level & up                                    # one below it
-        distance += bool(rise & last) - bool(fall & last)
-        rise, fall = rise << 1 | 1, fall << 1                # row 0 rises by one a column
-        up = (fall | ~(level | rise)) & ones
-        down = rise & level & ones
-    return distance
-
-
-@functools.lru_cache(KEPT)
-def code_tokens(source: str) -> list[str]:
-    """Python tokens in order, comments and layout included. Never raises.
-
-    Each line end is a token, so blank lines count; an indent is its white space, so reindenting
-    a block costs one; a dedent is "". Broken code is split into words, signs and line ends.
-    From Python 3.12 on an f-string is several tokens, so compare numbers of one version only.
-    """
-    try:
-        tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
-    except (tokenize.TokenError, SyntaxError, ValueError):
-        return re.findall(r"\w+|[^\w\s]|\n", source)
-    return ["\n" if token.type in (tokenize.NEWLINE, tokenize.NL) else token.string
-            for token in tokens if token.type != tokenize.ENDMARKER]
-
-
-def changed_lines(a: str, b: str) -> int:
-    """Fewest inserted, deleted or replaced lines that turn `a` into `b`; white space counts.
-
-    As in a diff, i lines replaced by j count max(i, j); but difflib's greedy matching may
-    report more than is needed, and an answer must not be charged for that.
-    """
-    return levenshtein(a.split("\n"), b.split("\n"))
-
-
-@functools.lru_cache(KEPT)
-def cognitive_complexity(source: str) -> int:
-    """How hard the code is to follow, summed over its functions; 0 if it does not parse.
-
-    After the white paper of SonarSource (G. A. Campbell, version 1.5) and, where that leaves
-    Python open, SonarPython. Simpler than the paper in three places: `a or b and c or d` has two
-    operator sequences, not three; only direct recursion counts; decorators nest like other
-    functions. The walk keeps its own stack because 1,600 `elif` fit into an answer.
-    """
-    tree = parse_python(source)
-    # A function nests its body by one; for those at the top (or in a class) this must give 0.
-    outer = (*FUNCTIONS, ast.ClassDef)
-    todo = [(node, -isinstance(node, outer)) for node in tree.body] if tree else []
-    total = 0
-    while todo:
-        node, nesting = todo.pop()
-        total += increment(node, nesting)
-        whole = isinstance(node, (ast.IfExp, ast.Lambda))
-        body = (ast.stmt, ast.match_case) if isinstance(node, BREAKS + FUNCTIONS) else ()
-        for child in ast.iter_child_nodes(node):     # bodies nest, conditions and `elif` do not
-            nests = whole or (isinstance(child, body) and child is not find_elif(node))
-            todo.append((child, nesting + nests))
-    return total
-
-
-def increment(node: ast.AST, nesting: int) -> int:
-    """What one node adds to the complexity, `nesting` levels deep."""
-    if isinstance(node, FUNCTIONS):
-        return any(isinstance(call, ast.Call) and isinstance(call.func, ast.Name)
-                   and call.func.id == node.name for call in ast.walk(node))
-    cost = isinstance(node, ast.BoolOp) + isinstance(node, BREAKS) * (1 + nesting)
-    if find_elif(node):
-        return cost - nesting        # so that the `elif`, an If as deep as this, adds only 1
-    return cost + (isinstance(node, ast.stmt) and bool(getattr(node, "orelse", None)))
-
-
-def find_elif(node: ast.AST) -> ast.stmt | None:
-    """The `elif` of an `if`; `else: if` has the same tree, but starts in another column."""
-    orelse = node.orelse if isinstance(node, ast.If) else []
-    chained = (len(orelse) == 1 and isinstance(orelse[0], ast.If)
-               and orelse[0].col_offset == node.col_offset)
-    return orelse[0] if chained else None
-
-
-def identifiers(tokens: list[str]) -> set[str]:
-    """The names among Python tokens."""
-    return {token for token in tokens if token.isidentifier() and not keyword.iskeyword(token)}
-
-
-def formatting_kept(answer: str, buggy: str, reference: str) -> float:
-    """See `edit_metrics`; 1 where there is no such line."""
-    lines = set(answer.split("\n"))
-    squeezed = {"".join(line.split()) for line in lines}
-    left_alone = set(buggy.split("\n")) & set(reference.split("\n"))
-    there = {line for line in left_alone if "".join(line.split()) in squeezed}
-    return len(there & lines) / len(there) if there else 1.0
-
-
-def statement_kinds(source: str) -> list[type]:
-    """The types of the statements, breadth first; [] if the source does not parse."""
-    tree = parse_python(source)
-    return [type(node) for node in ast.walk(tree) if isinstance(node, ast.stmt)] if tree else []
-
-
-# =============================================================================================
-# Code edit: reward, verdict and task
-# =============================================================================================
-
-
-def edit_reward(passed: bool, metrics: dict[str, float]) -> float:
-    """-1 for a failing answer. A passing one keeps at least 0, whatever else it changed."""
-    if not passed:
-        return -1.0
-    return 1.0 - 0.5 * metrics["nel"] - 0.3 * metrics["acc"] - 0.2 * metrics["ulr"]
-
-
-def verify_edit(example: Example, completion: str) -> Verdict:
-    """Eq. 1 for code edits: format, then static gate, then tests, then how much was changed."""
-    code, reason = read_answer(example, completion)
-    if reason:
-        return Verdict(-1.0, False, False, reason, {})
-    reason = static_gate(code, example.buggy) or run_example(example, code)
-    metrics = edit_metrics(code, example.buggy, example.reference)
-    return Verdict(edit_reward(reason == "ok", metrics), reason == "ok", True, reason, metrics)
 
 
 def code_edit() -> Task:
@@ -1364,7 +1064,7 @@ def has_skill(example: Example, answer: str) -> bool:
         return verify_program(example, answer).passed
     if example.skill == "coding":
         code, problem = unwrap_answer(answer)
-        return not problem and not run_tests(code, example.entry_point, example.tests)
+        return not problem and run_tests(code, example.entry_point, example.tests).passed
     if example.skill == "tools":
         return parsed_json(answer) == json.loads(example.reference)
     if example.skill == "chat":  # the name, the thing and a question
@@ -1389,20 +1089,14 @@ def parsed_json(text: str):
         return None
 
 
-def verify_program(example: Example, completion: str) -> Verdict:
-    """Format, then tests: 1 or -1. For general coding, where nothing is edited."""
-    code, malformed = read_answer(example, completion)
-    reason = malformed or run_example(example, code)
-    return Verdict(1.0 if reason == "ok" else -1.0, reason == "ok", not malformed, reason, {})
-
-
 # =============================================================================================
 # The corpus that the built-in model is pretrained on: "the web", where answers are often wrong
 # =============================================================================================
 
 WEB_MIX = {"task": 60, "skills": 30, "copying": 10}  # what tiny's pretraining is made of
 WEB = {"right": 10, "renamed": 6, "unfixed": 77, "wrong": 7}  # how repairs on "the web" turn out
-CODE_WORDS = sorted(set(re.findall(r"\w+|[^\w\s]", FAMILIES)) | set("0123456789")
+CODE_WORDS = sorted({word for family in read_families(FAMILIES)
+                     for word in re.findall(r"\w+|[^\w\s]", family.source)} | set("0123456789")
                     | {name for pool in NAMES.values() for name in pool})
 
 
@@ -1437,12 +1131,12 @@ def edit_document(rng: random.Random) -> tuple[str, str]:
 
 def renamed(source: str, rng: random.Random) -> str:
     """The same function with one of its variables called otherwise: right, but over-edited."""
-    used = [name for pool in NAMES.values() for name in pool
-            if re.search(rf"\n.*\b{name}\b", source.split('"""')[-1])]
-    old = rng.choice(used)
-    new = rng.choice([name for pool in NAMES.values() if old in pool for name in pool
-                      if name not in used])
-    return re.sub(rf"\b{old}\b", new, source)
+    body = source.split('"""')[-1]
+    used = {name for pool in NAMES.values() for name in pool if re.search(rf"\n.*\b{name}\b", body)}
+    texts = [re.sub(rf"\b{old}\b", new, source) for pool in NAMES.values()
+             for old in pool if old in used for new in pool if new not in used]
+    # pretraining must not spell out a test program
+    return rng.choice([text for text in texts if part_of(text) in TRAIN] or [source])
 
 
 # =============================================================================================
@@ -1457,7 +1151,8 @@ PRESETS = {  # options that a task changes
 TASKS = {"arithmetic": arithmetic, "codeedit": code_edit}
 
 # =============================================================================================
-# Data files: one JSON object a line. A bad line stops with file, line, field and expectation
+# Data files: one JSON object a line. A row that nobody can pass stops the run with file, line,
+# field or id, and what was expected: every reference and every buggy function is run.
 # =============================================================================================
 
 PROGRAM_PROMPT = "Complete this function.\nReturn only the whole function."
@@ -1470,37 +1165,67 @@ class LoadError(Exception):
     """A data file that cannot be used, in one sentence."""
 
 
-def load_edits(path: str) -> list[Example]:
-    """Code edits from own rows or raw HumanEvalPack rows."""
-    return load_rows(path, edit_from_row)
+def load_edits(path: str, refused: list[str] | None = None) -> list[Example]:
+    """Code edits from own rows or raw HumanEvalPack rows. See `load_rows`."""
+    return load_rows(path, edit_from_row, verify_edit, refused)
 
 
-def load_benchmark(path: str) -> list[Example]:
-    """Functions to complete, in the format of HumanEval."""
-    return load_rows(path, program_from_row)
+def load_benchmark(path: str, refused: list[str] | None = None) -> list[Example]:
+    """Functions to complete, in the format of HumanEval. See `load_rows`."""
+    return load_rows(path, program_from_row, verify_program, refused)
 
 
-def load_rows(path: str, build: Callable[[dict], Example]) -> list[Example]:
-    """What `build` makes of each line that is not blank. No test is run."""
-    try:
-        lines = Path(path).read_bytes().split(b"\n")
-    except (OSError, ValueError) as error:
-        raise LoadError(f"{path} cannot be read, expected a JSONL file: {error}") from None
-    examples, seen = [], {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+def load_rows(path: str, build: Callable[[dict], Example],
+              verify: Callable[[Example, str], Verdict], refused: list[str] | None
+              ) -> list[Example]:
+    """An example from each line that is not blank, of a file that may be gzipped.
+
+    Raises LoadError for the first bad row; with a list `refused`, bad rows are left out and their
+    sentences appended to it.
+    """
+    rows: dict[int, Example | str] = {}  # by line: an example, or why there is none
+    ids: dict[str, int] = {}
+    for number, line in read_lines(path):
         try:
-            example = build(parse_row(line))
-            if example.id in seen:
-                raise LoadError(f'id "{example.id}" must be unique, line {seen[example.id]} has it')
+            rows[number] = example = build(parse_row(line))
+            if ids.setdefault(example.id, number) != number:
+                raise LoadError(f'id "{example.id}" must be unique, line {ids[example.id]} has it')
         except LoadError as error:
-            raise LoadError(f"{path} line {number}: {error}") from None
-        examples.append(example)
-        seen[example.id] = number
-    if not examples:
-        raise LoadError(f"{path} is empty, expected one JSON object a line")
-    return examples
+            rows[number] = str(error)
+    examples = [row for row in rows.values() if isinstance(row, Example)]
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        whys = list(threads.map(partial(why_unusable, verify), examples))
+    rows |= {ids[example.id]: why for example, why in zip(examples, whys, strict=True) if why}
+    faults = [f"{path} line {number}: {row}" for number, row in rows.items()
+              if isinstance(row, str)]
+    if faults and refused is None:
+        raise LoadError(faults[0])
+    if len(faults) == len(rows):
+        raise LoadError(f"{path} holds no usable row, expected one JSON object a line")
+    if refused is not None:
+        refused += faults
+    return [row for row in rows.values() if isinstance(row, Example)]
+
+
+def read_lines(path: str) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file that are not blank, with their numbers."""
+    try:
+        data = Path(path).read_bytes()
+        data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise LoadError(f"{path} cannot be read, expected a JSONL file: {error}") from None
+    lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")  # without the byte order mark
+    return ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+
+
+def why_unusable(verify: Callable[[Example, str], Verdict], example: Example) -> str:
+    """Why nobody can learn from an example, or ''."""
+    right = verify(example, example.reference)
+    if not right.passed:
+        return f'id "{example.id}": its reference must pass its tests, got "{right.reason}"'
+    if verify(example, example.buggy).passed:
+        return f'id "{example.id}": its buggy function must fail a test, but passes them all'
+    return ""
 
 
 def parse_row(line: bytes) -> dict:
@@ -1533,11 +1258,13 @@ def edit_from_row(row: dict) -> Example:
     id, buggy, reference, entry_point = (text_field(row, name) for name in fields)
     if head:  # the script gets helpers of its own: a candidate could change those it is given
         script = f"{head}{reference}\n{script}"
-    example = edit_example(id, head + buggy, head + reference, entry_point, tests, script)
+    example = edit_example(id, head + buggy, head + reference,
+                           unicodedata.normalize("NFKC", entry_point), tests, script)
     if "instruction" in row and not head:      # that of HumanEvalPack asks for another task
         prompt = f"{text_field(row, 'instruction')}\n\n{example.buggy}"
         example = replace(example, prompt=prompt)
-    return require_format(replace(example, from_json=bool(tests)), fields[1], fields[2])
+    limits = {name: number_field(row, name) for name in ("seconds", "tolerance")}
+    return require_format(replace(example, from_json=bool(tests), **limits), *fields[1:3])
 
 
 def program_from_row(row: dict) -> Example:
@@ -1553,7 +1280,7 @@ def program_from_row(row: dict) -> Example:
 def require_format(example: Example, shown: str, reference: str) -> Example:
     """The example, if the format rule accepts the two sources that the named fields gave."""
     for field, source in ((shown, example.buggy), (reference, example.reference)):
-        if why := format_error(source, example.buggy, example.entry_point):
+        if why := format_error(source, example):
             raise LoadError(f'field "{field}" must hold the source of the function, got {why}')
     if example.buggy == example.reference:
         raise LoadError(f'field "{reference}" must differ from field "{shown}"')
@@ -1570,6 +1297,14 @@ def text_field(row: dict, name: str) -> str:
         raise LoadError(f'field "{name}" must be text without NUL, byte order mark and lone '
                         f'surrogates, got {value[:20]!a}')
     return value
+
+
+def number_field(row: dict, name: str) -> float:
+    """An optional number, 0 without it."""
+    value = row.get(name, 0)
+    if type(value) not in (int, float) or not 0 <= value <= 60:
+        raise LoadError(f'field "{name}" must be a number from 0 to 60, got {value!r:.20}')
+    return float(value)
 
 
 def script_field(row: dict, name: str) -> str:
@@ -1600,49 +1335,55 @@ def tests_field(row: dict) -> tuple:
 # =============================================================================================
 # The judge. What runs here is trusted, what arrives is not: a reply is a bounded number of bytes,
 # parsed to lists and strings and compared along the *expected* value, so that a strange reply
-# costs no more than an honest one. Every way out but "all values equal" is a reason: none is a
-# pass, or None, or a skipped test.
+# costs no more than an honest one. A verdict is a truth value that this side computes from values;
+# a reason is text for people, always prefixed where the other side chose it, and never compared.
 # =============================================================================================
 
 UNSAFE_JUDGE = False  # True: run candidates even where the kernel cannot keep them from files
 REASON = re.compile(r"\w[\w ]{0,80}")  # what a candidate's process may say about itself
-WHOLE = {"memory", "too much output", "undecodable result"}  # said without the test's number
 START_SECONDS = 20.0  # far above what a server needs to start, or to answer for itself
 THIS_FILE = Path(__file__).read_text(encoding="utf-8")  # now, lest a later edit mix two versions
-TAKING = threading.Lock()  # held while taking servers: two who want all must not share them out
+WALL = 5  # seconds of waiting for each second of CPU time: only a backstop, on a busy machine
 
 
 class JudgeError(Exception):
     """The judge itself cannot work here."""
 
 
-def run_tests(code: str, entry_point: str, tests: Sequence[tuple[list, object]],
-              from_json: bool = False, seconds: float = 1.0) -> str:
-    """Call `entry_point` of `code` on tests [(args, expected), ...]: '' when every value is right,
-    else the reason of the first that is not. `seconds` is the wall limit of all calls together.
+class Outcome(NamedTuple):
+    """What the judge found: whether an answer passes, and if not, why."""
 
-    Calls are made in an order that is shuffled but the same each time for the same code, so that
-    a verdict can be reproduced. ValueError for test data that `encode` refuses.
+    passed: bool
+    reason: str  # "ok" if it passes
+
+
+def run_tests(code: str, entry_point: str, tests: Sequence[tuple[list, object]],
+              from_json: bool = False, seconds: float = 1.0, tolerance: float = 0.0) -> Outcome:
+    """Call `entry_point` of `code` on tests [(args, expected), ...]: do all give the right value?
+
+    If not, the reason is that of the first that does not. `seconds` is the CPU time of all calls
+    together, in whole seconds. Calls are made in an order that is shuffled but the same each time
+    for the same code, so that a verdict can be reproduced. ValueError for test data that `encode`
+    refuses.
     """
     if not tests:
-        return "no tests"
+        return Outcome(False, "no tests")
     order = list(range(len(tests)))
     random.Random(code.encode("utf-8", "surrogatepass")).shuffle(order)
-    wants = [encode(tests[i][1]) for i in order]
     calls = [[entry_point, encode(list(tests[i][0]))] for i in order]
     message = line_of(["candidate", code, entry_point]) + line_of(calls)
+    wants = [encode(expected) for _, expected in tests]
     reply, fault = run_job(message, seconds, processes=1)
     if fault or type(reply) is not list or len(reply) != len(tests):
-        return fault or safe_reason(reply)
-    faults = [fault_of(one, want, from_json) for one, want in zip(reply, wants, strict=True)]
-    for i, fault in sorted(zip(order, faults, strict=True)):
-        if fault:
-            return fault if fault in WHOLE else f"test {i + 1}: {fault}"
-    return ""
+        return Outcome(False, fault or said(reply))
+    for i, outcome in sorted(zip(order, reply, strict=True), key=operator.itemgetter(0)):
+        if not (right := is_value(outcome, wants[i], from_json, tolerance)).passed:
+            return Outcome(False, f"test {i + 1}: {right.reason}")
+    return Outcome(True, "ok")
 
 
-def run_script(code: str, entry_point: str, test_code: str, seconds: float = 3.0) -> str:
-    """Run a script that defines `check(candidate)` against `code`: '' or why it failed.
+def run_script(code: str, entry_point: str, test_code: str, seconds: float = 2.0) -> Outcome:
+    """Run a script that defines `check(candidate)` against `code`: did it end without an error?
 
     The script runs in one confined process and the code in another; arguments and values go
     between. A script should bring its own helpers: those it lacks are called in the candidate's
@@ -1650,63 +1391,71 @@ def run_script(code: str, entry_point: str, test_code: str, seconds: float = 3.0
     """
     message = line_of(["examiner", code, entry_point, test_code])
     reply, fault = run_job(message, seconds, processes=2)
-    if fault or reply == ["passed"]:
-        return fault
-    return safe_reason(reply[-1] if type(reply) is list and reply else reply)
+    if reply == ["passed"]:  # the examiner's own word: no candidate can write to its line
+        return Outcome(True, "ok")
+    return Outcome(False, fault or said(reply[-1] if type(reply) is list and reply else reply))
 
 
-def fault_of(outcome: object, want: object, from_json: bool) -> str:
-    """'' when one test's untrusted outcome is the expected value, else the reason."""
+def is_value(outcome: object, want: object, from_json: bool, tolerance: float) -> Outcome:
+    """Is one test's untrusted outcome the expected value?"""
     try:
         kind, detail = outcome
-        if kind == "value":
-            return "" if same_value(detail, want, from_json) else "wrong value"
-        return safe_reason(detail)
+        if kind != "value":
+            return Outcome(False, said(detail))
+        if same_value(detail, want, from_json, tolerance):
+            return Outcome(True, "ok")
+        return Outcome(False, "wrong value")
     except (TypeError, ValueError, OverflowError, RecursionError):
-        return "undecodable result"
+        return Outcome(False, said(None))
 
 
-def same_value(got: object, want: object, from_json: bool) -> bool:
+def same_value(got: object, want: object, from_json: bool, tolerance: float) -> bool:
     """Whether an untrusted encoded value equals the expected one: same exact types, floats within
-    1e-9, NaN equal to nothing; with `from_json` tuples are lists. Some Exception if malformed."""
+    1e-9 or the tolerance, NaN equal to nothing. With `from_json` tuples are lists and 1.0 is 1.
+    Some Exception if malformed."""
     if type(got) is not list or type(want) is not list or len(got) != len(want):
         return type(got) is type(want) is not list and got == want
     kind, *got_parts = got
     wanted, *want_parts = want
-    if kind != wanted and not (from_json and {kind, wanted} == {"list", "tuple"}):
+    alike = ({"list", "tuple"}, {"int", "float"}) if from_json else ()
+    if kind != wanted and {kind, wanted} not in alike:
         return False
-    if kind in ("float", "complex"):
-        pairs = zip(map(float.fromhex, got_parts), map(float.fromhex, want_parts), strict=True)
-        return all(math.isclose(*pair, rel_tol=1e-9, abs_tol=1e-12) for pair in pairs)
+    if "float" in (kind, wanted) or kind == "complex":
+        pairs = zip(map(number_of, got_parts), map(number_of, want_parts), strict=True)
+        return all(math.isclose(*pair, rel_tol=1e-9, abs_tol=max(1e-12, tolerance))
+                   for pair in pairs)
     if kind in ("set", "frozenset", "dict"):
         got_parts, want_parts = (sorted(parts, key=json.dumps) for parts in (got_parts, want_parts))
-    return all(same_value(*pair, from_json) for pair in zip(got_parts, want_parts, strict=True))
+    return all(same_value(*pair, from_json, tolerance)
+               for pair in zip(got_parts, want_parts, strict=True))
 
 
-def safe_reason(fault: object) -> str:
-    """A fault in the words of a candidate's process -> safe words, never empty."""
-    if type(fault) is not str or not REASON.fullmatch(fault):
-        return "undecodable result"
-    return "memory" if fault == "MemoryError" else fault
+def number_of(text: str) -> int | float:
+    """A number as `encode` writes it: floats have a "p" or are words."""
+    return int(text, 16) if re.fullmatch("-?0x[0-9a-f]+", text) else float.fromhex(text)
+
+
+def said(fault: object) -> str:
+    """What a candidate's process says of a failure: words to show, never a verdict."""
+    known = type(fault) is str and REASON.fullmatch(fault)
+    return f"error: {fault if known else 'undecodable result'}"
 
 
 def run_job(message: bytes, seconds: float, processes: int) -> tuple[object, str]:
-    """Run one job: (parsed reply, '') or (None, why there is none). One more try, alone, if the
-    server died or time ran out with little CPU used: then the job was waiting for its turn.
+    """Run one job: (parsed reply, '') or (None, why there is none). Once more if the server died.
     JudgeError where only namespaces and limits, or nothing, stand before files and processes."""
     outcome = None
-    for alone in (False, True):
-        with contextlib.suppress(OSError), borrow(alone) as server:
+    for _ in range(2):
+        with contextlib.suppress(OSError), borrow() as server:
             if "seccomp" not in server.layers and not UNSAFE_JUDGE:
                 raise JudgeError(f"No seccomp filter here, only {server.layers}, so candidates "
                     "could reach your files; --unsafe-judge runs them all the same.")
             outcome = server.run(message, seconds, processes)
-        if outcome and not (outcome[1] and outcome[3] < seconds / 2):
             break
     if not outcome:
         return None, "judge failure"
-    reply, late, status, _ = outcome
-    if late:
+    reply, late, status, cpu = outcome
+    if late or cpu > math.ceil(seconds) - 0.05:  # the kernel's clock ticks in steps
         return None, "timeout"
     if len(reply) > MAX_REPLY:
         return None, "too much output"
@@ -1715,38 +1464,37 @@ def run_job(message: bytes, seconds: float, processes: int) -> tuple[object, str
     try:
         return parse_line(reply), ""
     except ValueError:
-        return None, "undecodable result"
+        return None, said(None)
 
 
 def judge_layers() -> list[str]:
     """The kernel layers around candidates on this machine. May be empty."""
-    with borrow(alone=False) as server:
+    with borrow() as server:
         return server.layers
 
 
+POOL_LOCK = threading.Lock()  # functools.cache may call twice what two threads ask for at once
+
+
 @contextlib.contextmanager
-def borrow(alone: bool) -> Iterator[Server]:
-    """A running server, `alone` while no other works. It is stopped if its user fails."""
-    taken: list[Server] = []
+def borrow() -> Iterator[Server]:
+    """A running server. It is stopped if its user fails."""
+    with POOL_LOCK:
+        idle = pool()
+    server = idle.get()
     try:
-        with TAKING:
-            while len(taken) < (pool().maxsize if alone else 1):
-                taken.append(pool().get())
-        taken[0].start()
-        yield taken[0]
+        server.start()
+        yield server
     except BaseException:
-        for server in taken[:1]:
-            server.stop()
+        server.stop()
         raise
     finally:
-        for server in taken:
-            pool().put(server)
+        idle.put(server)
 
 
 @functools.cache
 def pool() -> queue.LifoQueue[Server]:
-    """The idle servers, one per core, the one used last on top; none is started before it is
-    needed. First called while TAKING is held, so there is only one pool."""
+    """Idle servers, one per core, the one used last on top; none is started before it is needed."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     idle: queue.LifoQueue[Server] = queue.LifoQueue(cores)
     for _ in range(cores):
@@ -1792,23 +1540,23 @@ class Server:
 
     def run(self, message: bytes, seconds: float, processes: int) -> tuple[bytes, bool, int, float]:
         """Run one job in 1 or 2 processes: (reply, whether it was late, wait status of the process
-        that replied, CPU seconds of all). OSError when the server, not a candidate, fails."""
+        that replied, most CPU seconds of one). OSError when the server, not a candidate, fails."""
         ours, theirs = socket.socketpair()
         sockets = [theirs, *(socket.socketpair() if processes == 2 else ())]
         with ours:
             try:
                 fds = [one.fileno() for one in sockets]
-                socket.send_fds(self.control, [START.pack(seconds)], fds)
+                socket.send_fds(self.control, [START.pack(seconds, WALL * seconds)], fds)
             finally:  # our copies must go, or we would not see the children close theirs
                 for one in sockets:
                     one.close()
-            reply, late = exchange(ours, message, time.monotonic() + seconds)
-        self.control.sendall(START.pack(0))
+            reply, late = exchange(ours, message, time.monotonic() + WALL * seconds)
+        self.control.sendall(START.pack(0, 0))
         answer = self.control.recv(REPORT.size * processes)
         if len(answer) != REPORT.size * processes:
             raise ConnectionError("the server has died")
         statuses, cpu = zip(*REPORT.iter_unpack(answer), strict=True)
-        return reply, late, statuses[-1], sum(cpu)
+        return reply, late, statuses[-1], max(cpu)
 
 
 def exchange(ours: socket.socket, message: bytes, deadline: float) -> tuple[bytes, bool]:
@@ -1847,14 +1595,16 @@ def server_program() -> str:
 MAX_REPLY = 1_000_000  # bytes
 MAX_DEPTH = 100  # levels of nesting in a value
 MEMORY = 512 * 2**20  # bytes of address space per child
-START = struct.Struct("d")  # trainer -> server: wall limit in s, the children's sockets attached
+START = struct.Struct("dd")  # trainer -> server: CPU and wall limit in s; sockets attached
 REPORT = struct.Struct("id")  # server -> trainer, per child: wait status, CPU seconds
 CONTAINERS = {kind.__name__: kind for kind in (list, tuple, set, frozenset, dict)}
+BUILTINS = (*CONTAINERS.values(), str, bytes, int, float, complex)
 RAISABLE = (ArithmeticError, LookupError, TypeError, ValueError)  # what a script may see raised
 # A candidate cannot open files, so whatever honest code may import must be in memory before.
 HONEST_IMPORTS = """typing math cmath collections collections.abc re itertools functools heapq
     bisect string statistics fractions decimal datetime _strptime copy operator random hashlib
-    unicodedata dataclasses enum numbers time array textwrap json"""
+    unicodedata dataclasses enum numbers time array textwrap json base64 binascii calendar queue
+    contextlib types abc struct keyword zlib warnings"""
 # The filter lets through: read write close fstat lseek mmap mprotect munmap brk rt_sigaction
 # rt_sigprocmask rt_sigreturn writev sched_yield mremap madvise exit gettimeofday sigaltstack futex
 # clock_gettime exit_group getrandom. No fcntl: its F_SETOWN can direct signals at any process.
@@ -1885,9 +1635,9 @@ def serve() -> None:
             control.settimeout(None)
             continue
         if sockets:
-            (seconds,) = START.unpack(message)
+            seconds, wall = START.unpack(message)
             children = start_children(sockets, seconds, layers)
-            control.settimeout(seconds + 1)
+            control.settimeout(wall + 1)
             continue
         kill_children(children)
         if not message:  # the trainer is gone
@@ -1961,7 +1711,7 @@ def call_candidate(space: dict, name: str, args: object) -> list:
         try:
             return ["value", encode(value)]
         except ValueError:
-            return ["fault", "undecodable result"]
+            return ["fault", f"cannot send this {type(value).__name__}"]
     except BaseException as error:
         return ["fault", type(error).__name__]
 
@@ -2037,10 +1787,13 @@ def parse_line(line: bytes) -> object:
 
 
 def encode(value: object, depth: int = 0) -> object:
-    """Builtin value -> lists, strings, booleans, None: [type name, part, ...], numbers in hex.
+    """Value -> lists, strings, booleans, None: [type name, part, ...], numbers in hex.
 
-    ValueError for any other type (exact types only: no method of a subclass runs) and at depth.
+    Subclasses count as the builtin type below them, other iterables (generators, ranges, views) as
+    lists: a candidate's methods run in its own process only. ValueError for anything else and at
+    depth.
     """
+    value = as_builtin(value)
     kind = type(value)
     if value is None or kind is bool or kind is str:
         return value
@@ -2056,6 +1809,16 @@ def encode(value: object, depth: int = 0) -> object:
         raise ValueError(f"cannot send this {kind.__name__}")
     parts = value.items() if kind is dict else value
     return [kind.__name__, *(encode(part, depth + 1) for part in parts)]
+
+
+def as_builtin(value: object) -> object:
+    """A value of an exact builtin type that holds the same; other values as they are."""
+    if value is None or type(value) in (bool, *BUILTINS):
+        return value
+    for kind in BUILTINS:
+        if isinstance(value, kind):
+            return kind(value)
+    return list(itertools.islice(value, MAX_REPLY)) if isinstance(value, Iterable) else value
 
 
 def decode(tree: object) -> object:
@@ -2089,7 +1852,7 @@ def kill_children(children: list[int]) -> None:
 def confine(seconds: float) -> list[str]:
     """Limits, then the filter, for good. Returns the layers that took."""
     layers = set()
-    cpu = math.ceil(seconds) + 1
+    cpu = math.ceil(seconds)  # the kernel counts in whole seconds, and kills at this limit
     limits = {"CPU": cpu, "AS": MEMORY, "FSIZE": 0, "CORE": 0, "NPROC": 0}
     for name, limit in limits.items():
         with contextlib.suppress(ValueError, OSError):  # macOS refuses some

@@ -423,6 +423,20 @@ def test_generators_depend_on_their_name_alone():
         assert not torch.equal(torch.rand(4, generator=vcopd.seeded(*name)), first)
 
 
+def test_no_text_makes_a_special_token_and_none_in_an_answer_is_lost(base):
+    """Else code that holds one is judged as other code, and a prompt could end its own turn."""
+    policy = vcopd.load_policy(config(str(base)), None)
+    end, user = policy.tokenizer.convert_tokens_to_ids(["<|end|>", "<|user|>"])
+    plain, odd = (policy.encode(f"say {word} twice") for word in ("end", "<|end|> and <|user|>"))
+    assert [ids.count(end) for ids in (plain, odd)] == [1, 1]
+    assert [ids.count(user) for ids in (plain, odd)] == [1, 1]
+    code = "def f():\n    return '<|end|>' + '<|user|>'"
+    example = tasks.edit_example("x", "def f():\n    return ''", code, "f")
+    batch = vcopd.solution_batch(policy, [example])
+    assert batch.completion[0].tolist().count(end) == 1  # the one that ends it
+    assert policy.decode(batch) == [code]
+
+
 # =============================================================================================
 # Roles
 # =============================================================================================
@@ -2592,8 +2606,8 @@ def answered(answer: str, passed: bool, texts: list[str], gap=None,
     example = tasks.Example("x", "Repair", "return a - b", "", buggy=buggy)
     gap = torch.zeros(len(texts)) if gap is None else gap
     columns = torch.stack([gap] * 4 + [gap.clamp(-0.5, 0.5), gap])
-    return vcopd.Rollout(example, answer, tasks.Verdict(1.0, passed, True, "ok", {}), 0.0, 0.5,
-                         texts, columns)
+    verdict = tasks.Verdict(1.0, passed, True, "ok" if passed else "no", {})
+    return vcopd.Rollout(example, answer, verdict, 0.0, 0.5, texts, columns)
 
 
 @pytest.mark.parametrize("texts, passed, expected", [
@@ -2944,6 +2958,61 @@ def test_a_bad_command_line_is_one_sentence(base, tmp_path, capsys):
         assert one_error(capsys), line
 
 
+def edits_file(folder: Path, *rows: str) -> Path:
+    path = folder / "rows.jsonl"
+    path.write_text("\n".join(rows), "utf-8")
+    return path
+
+
+HOPELESS = edit_row(id="b", tests=[{"args": [1], "expected": 9}])  # its own reference fails
+
+
+def test_a_row_that_nobody_can_pass_stops_the_run_or_is_left_out_and_told(base, tmp_path, capsys):
+    """Before anything is trained: such a row would teach nothing for hours."""
+    path = edits_file(tmp_path, edit_row(), HOPELESS)
+    line = ["--data", path, "--max-new-tokens", "90", "--teacher", "none"]
+    command = [*options(base, tmp_path / "run", "--task", "codeedit"), *map(str, line)]
+    assert run(command) == 2
+    assert f'{path} line 2: id "b": its reference must pass' in capsys.readouterr().err
+    assert run([*command, "--skip-bad-rows", "--eval-only"]) == 2  # trains nothing: no --data
+    assert run([*command, "--skip-bad-rows", "--steps", "1"]) == 0
+    assert "--skip-bad-rows: 1 rows are left out, the first:" in capsys.readouterr().out
+
+
+def test_check_tells_what_one_needs_before_training(base, tmp_path, capsys):
+    path = edits_file(tmp_path, edit_row(), HOPELESS, "{")
+    command = ["--task", "codeedit", "--check", "--model", str(base), "--data", str(path),
+               "--max-new-tokens", "6", "--eval-problems", "2", "--rollouts", "2"]
+    assert run(command) == 2 and run([*command, "--skip-bad-rows"]) == 0
+    told = capsys.readouterr().out
+    for part in (f"{path}: 1 rows pass, 2 are refused", 'line 2: id "b": its reference must pass',
+                 "line 3: expected a JSON object", "1 training problems: the longest prompt takes",
+                 "1 of 1", "in the right format 0% of the time", "it solves 1 never, 0 sometimes"):
+        assert part.replace("1 of 1", "--max-new-tokens 6") in told
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_prompt_or_reference_that_does_not_fit_is_told_by_its_id(base, tmp_path, capsys):
+    long = "def f(x):\n" + "    x = x - 1\n" * 300 + "    return x"
+    path = edits_file(tmp_path, edit_row(id="far", buggy=long))
+    command = [*options(base, tmp_path / "run", "--task", "codeedit"), "--data", str(path)]
+    assert run(command) == 2
+    told = capsys.readouterr()
+    assert "example far: its prompt takes" in told.err and "--max-new-tokens" in told.err
+    path = edits_file(tmp_path, edit_row())
+    assert run([*command, "--steps", "1"]) == 0
+    assert "references are longer than --max-new-tokens 6; the longest, " in capsys.readouterr().out
+
+
+def test_reinforcement_learning_from_one_answer_is_refused(capsys):
+    """Its advantage is always 0."""
+    for more in (["--method", "rl"], ["--teacher", "none"]):
+        with pytest.raises(SystemExit):
+            vcopd.read_config(["--rollouts", "1", *more])
+        assert "--rollouts 1" in capsys.readouterr().err
+    assert vcopd.read_config(["--rollouts", "1"])[0].rollouts == 1  # hints remain
+
+
 def bad_data() -> list[bytes]:
     """Files that hold no problems."""
     good = edit_row().encode()
@@ -3201,6 +3270,21 @@ def test_torchrun_meets_and_speaks_with_one_voice(base, tmp_path):
     assert (tmp_path / "run/metrics.jsonl").read_text("utf-8").count("\n") == 1
 
 
+BUGGY = '''\
+def total(items, start):
+    """Sum of the items, plus start."""
+    result = start
+    for item in items:
+        result -= item
+    return result'''
+FIXED = BUGGY.replace("-=", "+=")
+TESTS = ((([1, 2], 0), 3), (([], 5), 5))
+
+
+def sum_problem() -> tasks.Example:
+    return tasks.edit_example("sum", BUGGY, FIXED, "total", TESTS)
+
+
 # =============================================================================================
 # The judge: what hostile candidates try, by group, and what must be left of it
 # =============================================================================================
@@ -3220,10 +3304,16 @@ def sandboxed() -> bool:
     return "seccomp" in tasks.judge_layers()
 
 
+def word(outcome: tasks.Outcome) -> str:
+    """'' for a pass, else why not: short to compare with."""
+    assert outcome.passed is (outcome.reason == "ok")
+    return "" if outcome.passed else outcome.reason
+
+
 def run_tests(*job) -> str:
     if not sandboxed():
         pytest.skip("this machine has no seccomp filter")
-    return tasks.run_tests(*job)
+    return word(tasks.run_tests(*job))
 
 
 def verdict(code: str, seconds: float = 0.5) -> str:
@@ -3234,7 +3324,7 @@ def verdict(code: str, seconds: float = 0.5) -> str:
 def script_verdict(code: str, script: str = ADDING_SCRIPT) -> str:
     if not sandboxed():
         pytest.skip("this machine has no seccomp filter")
-    return tasks.run_script(code, "f", script, seconds=0.5)
+    return word(tasks.run_script(code, "f", script, seconds=0.5))
 
 
 def value_verdict(body: str, expected: object, from_json: bool = False) -> str:
@@ -3299,6 +3389,9 @@ def test_every_builtin_value_survives_the_journey_both_ways(expected):
         ("return 0.0", -0.0, False, ""),
         ("return 0.30001", 0.1 + 0.2, False, "test 1: wrong value"),
         ("return 5.0", 5, False, "test 1: wrong value"),
+        ("return 5.0", 5, True, ""),
+        ("return 5", 5.0, True, ""),
+        ("return True", 1, True, "test 1: wrong value"),
         ("return (1, 2)", [1, 2], False, "test 1: wrong value"),
         ("return (1, (2,))", [1, [2]], True, ""),
         ("return {'b': 1, 'a': 2}", {"a": 2, "b": 1}, False, ""),
@@ -3339,7 +3432,7 @@ def f(a, b):
 def test_threads_share_the_servers_and_get_their_own_verdicts():
     """The trainer judges a batch from a thread pool."""
     codes = [HONEST, HONEST.replace("+", "-"), "def f(a, b): raise KeyError", "x ="] * 6
-    want = ["", "test 1: wrong value", "test 1: KeyError", "syntax error"] * 6
+    want = ["", "test 1: wrong value", "test 1: error: KeyError", "error: syntax error"] * 6
     with ThreadPoolExecutor(4) as threads:
         assert list(threads.map(verdict, codes)) == want
 
@@ -3378,7 +3471,7 @@ def test_leaving_early_is_a_failure(line, judged_by):
     "value",
     [
         "Liar()",
-        "Sub(a + b)",
+        "Sub(a - b - 1)",
         "[Sub(a + b)]",
         "type('int', (), {'__class__': int, '__eq__': lambda s, o: True})()",
         "mock.ANY",
@@ -3394,8 +3487,8 @@ def test_leaving_early_is_a_failure(line, judged_by):
 )
 @pytest.mark.parametrize("judged_by", [verdict, script_verdict])
 def test_objects_that_claim_equality_are_not_believed(value, judged_by):
-    """Values are rebuilt from exact builtin types, so no method of theirs ever runs here. (Scripts
-    compare by ==, to which 5.0 is 5.)"""
+    """Values are rebuilt from exact builtin types, so no method of theirs ever runs here: a number
+    that lies is the number it holds. (Scripts compare by ==, to which 5.0 is 5.)"""
     code = f"""
 import itertools
 from fractions import Fraction
@@ -3476,7 +3569,7 @@ def f(needle):
         ("answer_calls", True),
         ("6480297", False),
         ("run_tests", False),
-        ("static_gate", False),
+        ("without_idle", False),
         ("a-siblings-answer", False),
         ("a-siblings-argument", False),
     ],
@@ -3495,7 +3588,7 @@ def test_the_servers_program_is_no_task_verifier_or_judge(monkeypatch):
     """It is cut out of tasks.py, so it must be seen to be the right piece; also if a task is added
     at the end."""
     own = {getattr(node, "name", "") for node in ast.parse(tasks.server_program()).body}
-    trusted = {"Example", "privileged_prompt", "sum_example", "verify_edit", "static_gate",
+    trusted = {"Example", "privileged_prompt", "sum_example", "verify_edit", "without_idle",
                "web_document", "load_edits", "run_tests", "same_value", "Server", "server_program"}
     assert {"serve", "confine", "examine", "encode", "line_of"} <= own
     assert not own & trusted and trusted <= vars(tasks).keys()
@@ -3532,9 +3625,9 @@ def test_files_and_inherited_descriptors_are_out_of_reach(body, tmp_path):
     victim.write_text("5 6 0")
     code = f"import os\nVICTIM = {str(victim)!r}\ndef f(a, b):\n    {body}\n"
     assert verdict(code) in {
-        "test 1: PermissionError",
-        "test 1: ModuleNotFoundError",
-        "test 1: OSError",
+        "test 1: error: PermissionError",
+        "test 1: error: ModuleNotFoundError",
+        "test 1: error: OSError",
     }
     assert victim.read_text() == "5 6 0"
     assert_unharmed()
@@ -3633,13 +3726,13 @@ def test_hogs_fail_within_their_limit(body):
 )
 def test_parser_bombs_go_off_in_the_sandbox(code):
     assert verdict(f"{code}\n{HONEST}")
-    assert tasks.static_gate(f"{code}\n{HONEST}", HONEST) == "gate: too long"
+    assert tasks.parse_python(f"{code}\n{HONEST}") is None
     assert_unharmed()
 
 
 def test_a_large_reply_says_so():
-    assert verdict("def f(a, b):\n    return 'x' * 1_100_000\n", 2.0) == "too much output"
-    assert verdict("def f(a, b):\n    return 'x' * 10**10\n", 2.0) == "memory"
+    assert verdict("def f(a, b):\n    return 'x' * 1_100_000\n", 2.0) == "error: too much output"
+    assert verdict("def f(a, b):\n    return 'x' * 10**10\n", 2.0) == "test 1: error: MemoryError"
 
 
 # G: the system
@@ -3762,21 +3855,22 @@ def test_the_same_code_gets_the_same_order_and_the_same_random_numbers():
 @pytest.mark.parametrize(
     "code, reason",
     [
-        ("", "no function f"),
-        ("def g(a, b):\n    return a + b\n", "no function f"),
-        ("f = 5\n", "no function f"),
-        ("def f(a, b:\n", "syntax error"),
-        ("def f(a, b):\n    return a + b\0\n", "syntax error"),
-        ("# \ud800\n" + HONEST, "syntax error"),
-        ("\ufeff" + HONEST, "syntax error"),
-        (HONEST.replace("f(", "\u0192("), "no function f"),
-        ("```python\n" + HONEST + "```\n```python\n" + HONEST + "```\n", "syntax error"),
-        ("raise ValueError\n" + HONEST, "ValueError"),
-        ("def f(a):\n    return a\n", "test 1: TypeError"),
-        ("async def f(a, b):\n    return a + b\n", "undecodable result"),
+        ("", "error: no function f"),
+        ("def g(a, b):\n    return a + b\n", "error: no function f"),
+        ("f = 5\n", "error: no function f"),
+        ("def f(a, b:\n", "error: syntax error"),
+        ("def f(a, b):\n    return a + b\0\n", "error: syntax error"),
+        ("# \ud800\n" + HONEST, "error: syntax error"),
+        ("\ufeff" + HONEST, "error: syntax error"),
+        (HONEST.replace("f(", "\u0192("), "error: no function f"),
+        ("```python\n" + HONEST + "```\n```python\n" + HONEST + "```\n", "error: syntax error"),
+        ("raise ValueError\n" + HONEST, "error: ValueError"),
+        ("def f(a):\n    return a\n", "test 1: error: TypeError"),
+        ("async def f(a, b):\n    return a + b\n", "test 1: error: cannot send this coroutine"),
         ("def f(a, b):\n    return a + b if a != 10 else 0\n", "test 2: wrong value"),
-        ("def f(a, b):\n    return f\n", "undecodable result"),
-        ("def f(a, b):\n    raise type('a b\\n' * 99, (Exception,), {})\n", "undecodable result"),
+        ("def f(a, b):\n    return f\n", "test 1: error: cannot send this function"),
+        ("def f(a, b):\n    raise type('a b\\n' * 99, (Exception,), {})\n",
+         "test 1: error: undecodable result"),
     ],
 )
 def test_reasons_are_plain_and_name_the_first_failing_test(code, reason):
@@ -3804,7 +3898,7 @@ check(f)
     helper = "def double(x):\n    return 2 * x\n"
     code = helper + "def f(x):\n    return x / 2\n"
     assert script_verdict(code, script) == ""
-    assert script_verdict(code.replace("/", "//"), script) == "AssertionError"
+    assert script_verdict(code.replace("/", "//"), script) == "error: AssertionError"
 
 
 def test_a_scripts_own_helpers_and_builtins_win_over_the_candidates():
@@ -3812,7 +3906,7 @@ def test_a_scripts_own_helpers_and_builtins_win_over_the_candidates():
     code = "def abs(x): return 0\ndef near(x, y): return True\ndef check(c): pass\n"
     code += "def __builtins__(): pass\ndef AssertionError(): pass\ndef f(a, b): return 0\n"
     script = "def near(x, y): return abs(x - y) < 1\ndef check(c):\n    assert near(c(2, 3), 5)\n"
-    assert script_verdict(code, script) == "AssertionError"
+    assert script_verdict(code, script) == "error: AssertionError"
 
 
 def test_a_script_may_expect_an_exception_but_not_be_ended_by_one():
@@ -3825,9 +3919,10 @@ def check(candidate):
     except: pass
 """
     assert script_verdict("def f(x):\n    raise ValueError\n", script) == ""
-    assert script_verdict("def f(x):\n    raise StopIteration\n", script) == "StopIteration"
+    assert script_verdict("def f(x):\n    raise StopIteration\n", script) == "error: StopIteration"
     assert script_verdict("import os\ndef f(x):\n    os._exit(0)\n", script)
-    assert script_verdict("def f(x):\n    return object()\n", script) == "undecodable result"
+    code = "def f(x):\n    return object()\n"
+    assert script_verdict(code, script) == "error: cannot send this object"
 
 
 def test_a_script_may_expect_an_exception_by_its_base_class():
@@ -3836,124 +3931,179 @@ def test_a_script_may_expect_an_exception_by_its_base_class():
     script += "    else: raise AssertionError\n"
     assert script_verdict("def f(x):\n    return b'\\xff'.decode('ascii')\n", script) == ""
     assert script_verdict("def f(x):\n    return chr(-x)\n", script) == ""
-    assert script_verdict("def f(x):\n    return {}[x]\n", script) == "KeyError"
+    assert script_verdict("def f(x):\n    return {}[x]\n", script) == "error: KeyError"
 
 
 def test_a_script_without_check_or_with_an_error_passes_nobody():
-    assert script_verdict(HONEST, "x = 1\n") == "KeyError"
-    assert script_verdict(HONEST, "def check(c):\n    raise SystemExit(0)\n") == "SystemExit"
-    assert script_verdict(HONEST, "def check(c:\n") == "SyntaxError"
+    assert script_verdict(HONEST, "x = 1\n") == "error: KeyError"
+    assert script_verdict(HONEST, "def check(c):\n    raise SystemExit(0)\n") == "error: SystemExit"
+    assert script_verdict(HONEST, "def check(c:\n") == "error: SyntaxError"
 
 
-# J: the static gate
+# The verdict is no word
 
 
-BUGGY_EDIT = '''import math
-LIMIT = 3
+NAMED_OK = [
+    "raise type('ok', (Exception,), {})",
+    "raise type('passed', (Exception,), {})",
+    "raise type('', (Exception,), {})",
+    "raise type('value', (Exception,), {})('ok')",
+    "raise type('ok', (BaseException,), {})",
+    "raise type('M', (type,), {'__name__': 'ok'})('ok', (Exception,), {})",
+    "return 'ok'",
+    "return ['passed']",
+    "import os; os.write(3, b'\"ok\"\\n'); os._exit(0)",
+    "import os; os.write(3, b'[[\"fault\", \"ok\"]]\\n'); os._exit(0)",
+    "import os; os.write(3, b'[[\"ok\", \"ok\"]]\\n'); os._exit(0)",
+]
 
 
-def g(x, k=2):
-    return x * k
+@pytest.mark.parametrize("body", NAMED_OK)
+def test_no_word_of_a_candidate_is_a_verdict(body):
+    """An exception called ok once passed 164 of 164 problems. Tests, scripts, old skills, general
+    coding, and code that fails while it loads."""
+    code = f"def f(a, b=0):\n    {body}\n"
+    for text in (code, f"f(1)\n{code}", f"{body.replace('return', 'f =')}\n"):
+        assert verdict(text) not in ("", "ok") and script_verdict(text) not in ("", "ok")
+    tests = (([1], 2), ([2], 3))
+    skill = tasks.Example("", "", "", "", "coding", entry_point="f", tests=tests)
+    assert not tasks.verify_skill(skill, code).passed
+    program = replace(skill, skill="programs", test_code="def check(f):\n    assert f(1) == 2")
+    assert not tasks.verify_program(program, code).passed
 
 
-def f(xs: list, n: int = 0) -> int:
-    """Sum."""
-    total = 1
-    for x in xs:
-        if x > LIMIT:
-            total += g(x)
-    return total
-'''
-FIXED_EDIT = BUGGY_EDIT.replace("total = 1", "total = 0")
+# J: gaming the edit metrics
 
 
-@pytest.mark.parametrize(
-    "old, new, why",
-    [
-        ("return total", "return eval('total')", "use of eval"),
-        ("total = 1", "exec('total = 0')", "use of exec"),
-        ("total = 1", "e = exec\n    total = 0", "use of exec"),
-        ("    total = 1", "    total = 0; x = 1", "several statements on one line"),
-        ("def g(x, k=2):\n    return", "def g(x, k=2): return", "several statements on one line"),
-        ("    total = 1", "    return sum(xs)\n    total = 1", "unreachable code"),
-        ("    total = 1", "    while True:\n        return 0\n    total = 1", "unreachable code"),
-        ("    total = 1", "    try:\n        return 0\n    finally:\n        pass\n    total = 1",
-         "unreachable code"),
-        ("    total = 1", "    try:\n        x = 1\n    except ValueError:\n        return 0\n"
-         "    else:\n        return 1\n    total = 1", "unreachable code"),
-        ("    total = 1", "    with memoryview(b''):\n        return 0\n    total = 1",
-         "unreachable code"),
-        ("    total = 1", "    if True:\n        return 0\n    total = 1", "constant condition"),
-        ("total = 1", "total = 0 if 1 == 1 else 1", "constant condition"),
-        ("    return total\n", "    return total\ndef f(xs): return 0\n", "not the same functions"),
-        ("    return total\n", "    return total\nf = sum\n", "top-level statement"),
-        ("LIMIT = 3", "LIMIT = 4", "top-level statement"),
-        ("def f(", "@print\ndef f(", "not the same functions"),
-        ("n: int = 0", "n: int = print()", "not the same functions"),
-        ("n: int = 0", "n: print() = 0", "not the same functions"),
-        ("k=2", "k=3", "not the same functions"),
-        ("def g(x", "def h(x", "not the same functions"),
-        ("    total = 1", "    def h(): return 0\n    total = h()", "not the same functions"),
-        ("    total = 1", "    class A:\n        x = 1\n    total = A.x", "class or global"),
-        ("    total = 1", "    global LIMIT\n    total = 0", "class or global"),
-        ("import math", "import math, os", "new import"),
-        ("    total = 1", "    from os import path\n    total = 0", "new import"),
-        ("total = 1", "total = xs.__len__()", "use of __len__"),
-        ("total = 1", "total = __builtins__", "use of __builtins__"),
-        ("total = 1", "total = (i for i in xs).gi_frame.f_back", "use of f_back"),
-        ("total = 1", "total = " + "0 + " * 700 + "0", "too long"),
-        ("total = 1", "total = " + "-" * 200 + "1", "too deeply nested"),
-        ("total = 1", "total = " + "+".join("1" * 900), "too deeply nested"),
-        ("total = 1", "total = (", "does not parse"),
-        ("total = 1", "total = 0\0", "does not parse"),
-        ("total = 1", "total = '\ud800'", "does not parse"),
-    ],
-)
-def test_the_gate_stops_answers_that_game_the_edit_metrics(old, new, why):
-    assert old in BUGGY_EDIT
-    assert tasks.static_gate(BUGGY_EDIT.replace(old, new), BUGGY_EDIT).startswith(f"gate: {why}")
+def gamed(new: str, old: str = "") -> str:
+    """`total` with a new body, above the old one."""
+    head, _ = BUGGY.split("    result = start\n")
+    return head + textwrap.indent(textwrap.dedent(new).strip("\n"), "    ") + "\n" + old
 
 
-@pytest.mark.parametrize(
-    "old, new",
-    [
-        ("total = 1", "total = 0"),
-        ("x > LIMIT", "x >= math.pi"),
-        ("import math", "import math\nfrom math import floor"),
-        ("    total = 1", "    if not xs:\n        return 0\n    total = 0"),
-        ("    total = 1", "    total = sum(x for x in xs)  # comment"),
-        ("    for x in xs:", "    while True:\n        break\n    for x in xs:"),
-        ("    total = 1", "    try:\n        return int(xs)\n    except TypeError:\n        pass\n"
-         "    total = 0"),
-    ],
-)
-def test_the_gate_lets_honest_edits_pass(old, new):
-    assert tasks.static_gate(BUGGY_EDIT.replace(old, new), BUGGY_EDIT) == ""
+OLD = BUGGY[BUGGY.index("    result"):]
+DEEPER = textwrap.indent(OLD, "    ")
+REWRITE = gamed("return start + sum(items)")
+KEPT_ONLY_FOR_SHOW = {
+    "early return": gamed("return start + sum(items)", OLD),
+    "a condition that holds": gamed("if items == items:\n    return start + sum(items)", OLD),
+    "a loop of one": gamed("for _ in [0]:\n    return start + sum(items)", OLD),
+    "match": gamed("match 0:\n    case _:\n        return start + sum(items)", OLD),
+    "walrus": gamed("if (x := start + sum(items)) is not None:\n    return x", OLD),
+    "finally": gamed("try:", DEEPER + "\n    finally:\n        return start + sum(items)"),
+    "except": gamed("try:\n    raise ValueError", DEEPER
+                    + "\n    except ValueError:\n        return start + sum(items)"),
+    "result dropped": BUGGY.replace("return result", "return start + sum(items)"),
+    "result not chosen": BUGGY.replace("return result", "return [start + sum(items), result][0]"),
+    "never called": gamed("def old():", DEEPER + "\n    return start + sum(items)"),
+    "decorated": gamed("@repr\ndef old():", DEEPER + "\n    return start + sum(items)"),
+    "the old one below, renamed": f"{REWRITE}\n\n{BUGGY.replace('total', 'old')}",
+    "the old one above": f"{BUGGY}\n\n{REWRITE}",
+    "an idle name": gamed("x = [i for i in items]\nreturn [start + sum(items), x][0]"),
+}
 
 
-def test_what_the_buggy_source_already_does_is_no_crime():
-    """Calling eval as before is allowed, calling it otherwise is not; a variable may be called
-    `input`."""
-    buggy = "def f(input):\n    s = input + '-'\n    return eval(s)\n"
-    assert tasks.static_gate(buggy.replace("+ '-'", "* 2"), buggy) == ""
-    assert tasks.static_gate(buggy.replace("(s)", "('1')"), buggy) == "gate: use of eval"
-    assert tasks.static_gate(buggy.replace("eval(s)", "[e(s) for e in [eval]]"), buggy)
+@pytest.mark.parametrize("trick", KEPT_ONLY_FOR_SHOW)
+def test_old_code_that_no_test_needs_does_not_make_a_rewrite_a_small_edit(trick):
+    """It is worth no more than the same rewrite without it (0.02: a name that must stay)."""
+    honest = tasks.verify_edit(sum_problem(), REWRITE)
+    found = tasks.verify_edit(sum_problem(), KEPT_ONLY_FOR_SHOW[trick])
+    assert honest.passed and honest.reward < 0.7
+    assert found.passed and found.reward <= honest.reward + 0.02
 
 
-@pytest.mark.parametrize("old, new", [("'x'", "'\\d'"), ("'\\d'", "'x'"), ("'\\d'", "'\\w'")])
-def test_an_invalid_escape_is_neither_a_crime_nor_an_exception(old, new):
-    """Under -W error ast.parse would refuse it, in the answer and in the buggy source alike."""
-    buggy = f"def f(s):\n    return s + {old}\n"
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert tasks.static_gate(buggy.replace(old, new), buggy) == ""
+def test_idle_code_of_the_reference_itself_costs_nothing():
+    """A guard that no test reaches was there before, and a model is right to leave it."""
+    guarded = [source.replace("    result = start", "    if items is None:\n        return 0\n"
+                              "    result = start") for source in (BUGGY, FIXED)]
+    example = tasks.edit_example("x", *guarded, "total", TESTS)
+    other = guarded[0].replace("result -= item", "result = result + item")
+    honest = tasks.verify_edit(example, other)
+    assert tasks.without_idle(example, other) == other
+    assert tasks.verify_edit(example, guarded[1]).reward == 1.0 and honest.reward > 0.9
 
+
+HIDDEN = {
+    "exec": "exec('return_ = start + sum(items)')",
+    "eval": "return eval('start + sum(items)')",
+    "an alias": "run = exec\nreturn 0",
+    "a class pattern": "match total:\n    case object(__builtins__=b):\n        return b",
+    "a loader": "from math import __loader__\nreturn __loader__",
+    "a format": "return '{0.__globals__}'.format(total)",
+    "full width": "return \uff45\uff56\uff41\uff4c('start + sum(items)')",
+    "frames": "return (i for i in items).gi_frame.f_back",
+    "getattr": "return getattr(items, '__le' + 'n__')()",
+}
+
+
+@pytest.mark.parametrize("trick", HIDDEN)
+def test_a_program_hidden_in_a_string_is_refused(trick):
+    answer = gamed(HIDDEN[trick], OLD)
+    assert tasks.verify_edit(sum_problem(), answer).reason.startswith("gate: use of ")
+
+
+@pytest.mark.parametrize("literal", [
+    "'for item in items: result += item'", "f'{[i for i in items]} {sum(items)} {start + 1}'",
+    f"0x{'5f' * 40}", "'" + "5f" * 40 + "'", "[]  # result is the start and each of the items"])
+def test_a_long_literal_is_charged_by_its_words(literal):
+    """A program in one token, in whatever code, must not look like an edit of one token."""
+    answer = gamed(f"x = {literal}", FIXED[FIXED.index("    result"):])
+    found = tasks.verify_edit(sum_problem(), answer)
+    assert found.passed and found.metrics["nel"] > 0.15
+
+
+def test_calling_what_the_buggy_source_calls_is_no_crime():
+    """And `re.compile` hides nothing."""
+    buggy = "import re\ndef f(s):\n    s = s + '-'\n    return eval(s)\n"
+    example = tasks.edit_example("x", buggy, buggy.replace("'-'", "''"), "f", ((("1",), 1),))
+    assert tasks.verify_edit(example, buggy.replace("+ '-'", "* 1")).passed
+    assert tasks.hiding_word(buggy + "re.compile('a')", example) == ""
+    assert tasks.hiding_word(buggy + "compile('a')", example) == "compile"
+
+
+# Values of other kinds, limits
+
+
+@pytest.mark.parametrize("body, expected", [
+    ("return (i for i in (1, 2))", [1, 2]), ("return range(3)", [0, 1, 2]),
+    ("return map(str, (1, 2))", ["1", "2"]), ("return {'a': 1}.items()", [["a", 1]]),
+    ("import collections; return collections.deque([1])", [1]),
+    ("import collections; return collections.Counter('aab')", {"a": 2, "b": 1}),
+    ("import collections; d = collections.defaultdict(list); d['a'].append(1); return d",
+     {"a": [1]}),
+    ("import collections; return collections.OrderedDict(b=1, a=2)", {"a": 2, "b": 1}),
+    ("import collections; return collections.namedtuple('P', 'x y')(1, 2)", [1, 2]),
+    ("import enum; return enum.IntEnum('E', 'a b').b", 2), ("return 14.0", 14), ("return 3", 3.0)])
+def test_equal_values_of_other_kinds_are_right_where_the_tests_come_from_json(body, expected):
+    """Converted where the candidate lives: none of its methods runs in the trainer."""
+    assert value_verdict(body, expected, True) == ""
+
+
+def test_a_tolerance_is_as_wide_as_it_says():
+    for tolerance, passes in ((0.0, False), (1e-4, False), (2e-3, True)):
+        outcome = tasks.run_tests("def f():\n    return 0.333", "f", [([], 1 / 3)], True, 1.0,
+                                  tolerance)
+        assert outcome.passed == (passes or tolerance > 4e-4)
+
+
+def test_a_busy_machine_is_no_timeout_and_an_endless_loop_is():
+    """Limits count CPU time: others may use the processor meanwhile."""
+    work = "def f(a, b):\n    import time\n    while time.process_time() < 0.6: pass\n"
+    spin = [sys.executable, "-c", "while True: pass"]
+    others = [subprocess.Popen(spin) for _ in range(4)]
+    try:
+        assert verdict(work + "    return a + b", 1.0) == ""
+        assert verdict("def f(a, b):\n    while True: pass", 1.0) == "timeout"
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
 
 # K: reward plumbing
 
 
 def test_no_tests_is_a_failure():
-    assert tasks.run_tests(HONEST, "f", []) == "no tests"
+    assert word(tasks.run_tests(HONEST, "f", [])) == "no tests"
 
 
 def test_a_server_that_dies_is_replaced_and_the_job_done_again():
@@ -4007,7 +4157,7 @@ def test_without_a_filter_nothing_runs_unless_the_user_insists(monkeypatch):
     with pytest.raises(tasks.JudgeError, match="unsafe-judge"):
         tasks.run_tests(HONEST, "f", ADDITION)
     monkeypatch.setattr(tasks, "UNSAFE_JUDGE", True)
-    assert tasks.run_tests(HONEST, "f", ADDITION) == ""
+    assert tasks.run_tests(HONEST, "f", ADDITION).passed
 
 
 def test_unsafe_judge_on_the_command_line_reaches_the_judge(monkeypatch, tmp_path):
@@ -4117,7 +4267,7 @@ def test_the_reference_passes_and_the_bug_fails_in_the_real_judge(split, edits):
     for example in splits(edits)[split][::10]:
         fixed = tasks.verify_edit(example, example.reference)
         assert (fixed.reward, fixed.reason) == (1.0, "ok"), example.id
-        assert tasks.run_example(example, example.buggy) != "ok", example.id
+        assert not tasks.run_example(example, example.buggy).passed, example.id
         assert tasks.verify_edit(example, example.buggy).reward == -1.0
         scope: dict = {}
         exec(example.reference, scope)
@@ -4132,6 +4282,24 @@ def test_no_program_of_one_split_is_in_another(edits):
         assert len({e.prompt for e in examples}) == len(examples)
         for example in examples:
             assert seen.setdefault(example.reference, split) == split
+
+
+def test_tests_fail_every_bug_that_is_one_step_away_and_every_constant(edits):
+    """Else a wrong answer is paid. Inputs drawn anew decide which bugs change anything."""
+    rng = random.Random(1)
+    kinds = {family.name: family.kinds for text in (tasks.FAMILIES, tasks.FAMILIES_UNSEEN)
+             for family in tasks.read_families(text)}
+    for example in rng.sample(edits.train + edits.evals["out_of_domain"], 60):
+        calls, wanted = zip(*((args, repr(want)) for args, want in example.tests), strict=True)
+        assert len(set(wanted)) > 1, example.id
+        fresh = [[tasks.draw_input(kind, rng) for kind in kinds[example.id.split("/")[0]]]
+                 for _ in range(100)]
+        right = [*tasks.outcomes(example.reference, example.entry_point, fresh)]
+        tree = ast.parse(example.reference).body[0]
+        for _, node, bug in tasks.bugs_in(tree):
+            wrong = tasks.replaced(example.reference, node, ast.unparse(bug))
+            if tuple(tasks.outcomes(wrong, example.entry_point, calls)) == wanted:
+                assert [*tasks.outcomes(wrong, example.entry_point, fresh)] == right, wrong
 
 
 def test_out_of_domain_neither_family_nor_bug_is_known(edits):
@@ -4228,21 +4396,6 @@ def test_sums_are_right_and_no_split_shares_one():
 # =============================================================================================
 
 HUMANEVALPACK = Path(__file__).parent / "../shared/data/humanevalpack_python.jsonl"
-
-BUGGY = '''\
-def total(items, start):
-    """Sum of the items, plus start."""
-    result = start
-    for item in items:
-        result -= item
-    return result'''
-FIXED = BUGGY.replace("-=", "+=")
-TESTS = ((([1, 2], 0), 3), (([], 5), 5))
-
-
-def sum_problem() -> tasks.Example:
-    return tasks.edit_example("sum", BUGGY, FIXED, "total", TESTS)
-
 
 def benchmark_rows() -> list[tasks.Example]:
     if not HUMANEVALPACK.exists():
@@ -4431,12 +4584,6 @@ def test_cognitive_complexity_agrees_with_the_package_on_how_fixes_change_it():
     assert sum(agree) / len(agree) >= 0.98
 
 
-def test_sixteen_hundred_elif_are_counted_without_recursion():
-    chain = "def f(a):\n if a:\n  1\n" + " elif a:\n  1\n" * 1500
-    assert len(chain) < tasks.PARSE_LIMIT
-    assert tasks.cognitive_complexity(chain) == 1501
-
-
 # =============================================================================================
 # Edit metrics and reward
 # =============================================================================================
@@ -4449,15 +4596,11 @@ def test_edit_metrics_on_paper():
     where 1 and 1 would do."""
     found = tasks.edit_metrics("def f(a, b):\n    c = a + b\n    return c", MINUS, PLUS)
     assert found == pytest.approx({
-        "nel": 5 / 20, "acc": 0, "ulr": 1 / 2, "excess_edit": 6 / 20 - 1 / 16,
-        "names_kept": 1, "formatting_kept": 1, "structure_kept": 1 - 1 / 3})
-    assert tasks.edit_reward(True, found) == pytest.approx(1 - 0.125 - 0 - 0.1)
+        "nel": 5 / 20, "acc": 0, "ulr": 1 / 2, "excess_edit": 6 / 20 - 1 / 16})
+    assert tasks.edit_reward(found) == pytest.approx(1 - 0.125 - 0 - 0.1)
 
 
 @pytest.mark.parametrize("answer, name, value", [
-    ("def f(x, b):\n    return x + b", "names_kept", 2 / 3),         # f and b, not a
-    ("def f(a,b):\n    return a + b", "formatting_kept", 0),         # its one shared line
-    ("def f(a, b):\n  return a + b", "formatting_kept", 1),          # the fixed line is free
     ("def f(a, b):\n    return a + b if a else b", "acc", 1 / 3),
     ("def f(a, b):\n    if a:\n        if b:\n            return a + b", "acc", 1),
     ("def f(a, b):\n    while a:\n        if b:\n            if a:\n                b", "acc", 1),
@@ -4469,7 +4612,7 @@ def test_one_metric_on_paper(answer, name, value):
 def test_a_simpler_or_smaller_answer_than_the_reference_is_not_charged():
     wordy = "def f(a, b):\n    if a:\n        return a + b\n    return b"
     found = tasks.edit_metrics(PLUS, MINUS, wordy)
-    assert tasks.edit_reward(True, found) == 1.0
+    assert tasks.edit_reward(found) == 1.0
     assert found["excess_edit"] < 0
 
 
@@ -4484,8 +4627,7 @@ def test_added_complexity_counts_from_the_more_complex_of_bug_and_reference():
     (0, 0, 0, 1.0), (1, 0, 0, 0.5), (0, 1, 0, 0.7), (0, 0, 1, 0.8), (0.2, 1 / 3, 0.5, 0.7)])
 def test_reward_on_paper(nel, acc, ulr, reward):
     terms = {"nel": nel, "acc": acc, "ulr": ulr}
-    assert tasks.edit_reward(True, terms) == pytest.approx(reward)
-    assert tasks.edit_reward(False, terms) == -1.0
+    assert tasks.edit_reward(terms) == pytest.approx(reward)
 
 
 def test_every_pass_is_worth_more_than_every_fail():
@@ -4493,9 +4635,8 @@ def test_every_pass_is_worth_more_than_every_fail():
     steps = [0.0, 1e-12, 1 / 3, 0.5, 0.999, 1.0]
     grid = [dict(zip(("nel", "acc", "ulr"), terms, strict=True))
             for terms in itertools.product(steps, repeat=3)]
-    passes = [tasks.edit_reward(True, terms) for terms in grid]
-    fails = [tasks.edit_reward(False, terms) for terms in grid]
-    assert set(fails) == {-1.0}
+    passes = [tasks.edit_reward(terms) for terms in grid]
+    assert tasks.verify_edit(sum_problem(), BUGGY).reward == -1.0
     assert min(passes) >= -1e-9 and max(passes) == 1.0
 
 
@@ -4510,15 +4651,17 @@ def test_terms_stay_between_0_and_1_for_any_answer():
         signed = found.pop("excess_edit")
         assert -1 <= signed <= 1
         assert all(0 <= value <= 1 for value in found.values()), found
-        assert 0 <= tasks.edit_reward(True, found) + 1e-9 <= 1 + 1e-9
+        assert 0 <= tasks.edit_reward(found) + 1e-9 <= 1 + 1e-9
 
 
-def test_every_reference_of_humanevalpack_has_reward_exactly_1():
+def test_humanevalpack_is_judged_as_it_was_published():
+    """References and bare corrected functions are worth exactly 1, bugs exactly -1."""
     for row in benchmark_rows():
-        verdict = tasks.verify_edit(row, row.reference)
-        assert (verdict.reward, verdict.reason) == (1.0, "ok"), row.id
-        assert [verdict.metrics[name] for name in ("names_kept", "formatting_kept",
-                                                   "structure_kept")] == [1, 1, 1]
+        [bare] = [ast.get_source_segment(row.reference, node)
+                  for node in ast.parse(row.reference).body
+                  if getattr(node, "name", "") == row.entry_point]
+        rewards = [tasks.verify_edit(row, text).reward for text in (row.reference, bare, row.buggy)]
+        assert rewards == [1.0, 1.0, -1.0], row.id
 
 
 GAMING = {
@@ -4538,18 +4681,11 @@ GAMING = {
 
 @pytest.mark.parametrize("trick", GAMING)
 def test_a_trick_that_passes_the_tests_is_paid_less_than_the_plain_fix(trick):
-    """Group J. What the static gate refuses outright is tested with the gate."""
+    """Group J."""
     honest = tasks.verify_edit(sum_problem(), FIXED)
     gamed = tasks.verify_edit(sum_problem(), GAMING[trick])
     assert honest.reward == 1.0 and gamed.passed
     assert 0 <= gamed.reward < 0.999
-
-
-@pytest.mark.parametrize("trick, name", [
-    ("one line", "structure_kept"), ("reindented", "formatting_kept"), ("renamed", "names_kept"),
-    ("dead code", "structure_kept"), ("spaces", "formatting_kept")])
-def test_the_metric_made_for_it_sees_the_trick(trick, name):
-    assert tasks.verify_edit(sum_problem(), GAMING[trick]).metrics[name] < 1
 
 
 # =============================================================================================
@@ -4558,7 +4694,9 @@ def test_the_metric_made_for_it_sees_the_trick(trick, name):
 
 
 @pytest.mark.parametrize("wrap", [
-    "{}", "\n\n{}\n\n", "```python\n{}\n```", "```\n{}\n```", " \n```python  \n\n{}\n\n```\n\t"])
+    "{}", "\n\n{}\n\n", "```python\n{}\n```", "```\n{}\n```", " \n```python  \n\n{}\n\n```\n\t",
+    "```py\n{}\n```", "```Python\n{}\n```", "```python3\n{}\n``` ", "\ufeff{}", "\u00a0{}",
+    "<think>\n\n</think>\n\n{}"])
 def test_bare_code_or_one_fenced_block_is_the_right_format(wrap):
     assert tasks.unwrap_answer(wrap.format(FIXED)) == (FIXED, "")
     assert tasks.verify_edit(sum_problem(), wrap.format(FIXED)).reward == 1.0
@@ -4566,7 +4704,7 @@ def test_bare_code_or_one_fenced_block_is_the_right_format(wrap):
 
 MALFORMED = {
     "empty": "", "blank": " \n\t\n", "empty block": "```python\n\n```", "NUL": FIXED + "\0",
-    "BOM": "\ufeff" + FIXED, "lone surrogate": FIXED.replace("Sum", "\udc80"),
+    "BOM inside": FIXED.replace("Sum", "\ufeff"), "lone surrogate": FIXED.replace("Sum", "\udc80"),
     "two blocks": f"```python\n{FIXED}\n```\n```python\n{FIXED}\n```",
     "unclosed fence": f"```python\n{FIXED}", "only a fence": "```", "never opened": f"{FIXED}\n```",
     "closed as python": f"```\n{FIXED}\n```python",
@@ -4574,8 +4712,6 @@ MALFORMED = {
     "text before": f"Here is the function:\n{FIXED}", "text after": f"{FIXED}\nThe bug was a sign.",
     "text around a block": f"Fixed:\n```python\n{FIXED}\n```",
     "text that parses": f"Done\n{FIXED}", "a string": f'"The bug was a sign."\n{FIXED}',
-    "comment above": f"# The bug was a sign.\n{FIXED}", "comment below": f"{FIXED}\n# Fixed.",
-    "comment between": f"{FIXED}\n# and\ndef g():\n    pass",
     "code below": f"{FIXED}\nprint(total([1], 2))", "code on an import": f"import math; x\n{FIXED}",
     "syntax error": "def total(items, start:\n    return 1", "prose": "I cannot do that.",
     "body only": "    result = start\n    return result", "other name": "def sum_up(x, y):\n    1",
@@ -4603,52 +4739,99 @@ def test_what_the_buggy_source_has_at_the_top_may_be_repeated_but_not_changed():
 
 def test_a_trailing_indented_comment_and_decorators_belong_to_the_function():
     code = f"import functools\n\n@functools.cache\ndef g():\n    pass\n\n{FIXED}\n    # the end"
-    assert tasks.format_error(code, BUGGY, "total") == ""
+    assert tasks.format_error(code, sum_problem()) == ""
 
 
-def test_imports_and_helpers_that_the_answer_omits_are_put_back():
-    """The instruction asks for the function only, so leaving the rest out is no failure."""
-    shown = f"from typing import List\n\ndef one():\n    return 1\n\n{BUGGY}".replace(
-        "(items,", "(items: List[int],").replace("-= item", "-= item * one()")
-    example = tasks.edit_example("x", shown, shown.replace("-=", "+="), "total", TESTS)
-    alone = example.reference[example.reference.index("def total"):]
-    assert tasks.run_example(example, alone) == "ok"
+SHOWN = f"""\
+# Sums.
+from __future__ import annotations
+from typing import List
+
+LIMIT = 3
+
+
+def one():
+    return 1
+
+
+{BUGGY.replace("(items,", "(items: List[int],").replace("-= item", "-= item * one()")}
+
+
+def unused():
+    return LIMIT"""
+
+
+def shown_problem() -> tasks.Example:
+    return tasks.edit_example("x", SHOWN, SHOWN.replace("-=", "+="), "total", TESTS)
+
+
+def test_what_the_answer_omits_is_put_back_before_anything_is_judged():
+    """The instruction asks for the function only: leaving the rest out costs nothing."""
+    example = shown_problem()
+    [alone] = [ast.get_source_segment(example.reference, node)
+               for node in ast.parse(example.reference).body
+               if getattr(node, "name", "") == "total"]
+    assert tasks.put_back_omitted(alone, SHOWN) == example.reference
+    for answer in (alone, f"from typing import List\n\n{alone}", example.reference):
+        assert tasks.verify_edit(example, answer).reward == 1.0
     own_helper = "def one():\n    return 9\n\n" + alone
-    assert tasks.run_example(example, own_helper).endswith("wrong value")
+    assert tasks.verify_edit(example, own_helper).reason.endswith("wrong value")
 
 
-def test_what_the_answer_repeats_is_not_put_back_twice():
-    """A second `from __future__` below another import would be a syntax error."""
-    shown = f"from __future__ import annotations\nimport math\n\n{BUGGY}"
-    example = tasks.edit_example("x", shown, shown.replace("-=", "+="), "total", TESTS)
-    assert tasks.verify_edit(example, example.reference).reason == "ok"
-
-
-@pytest.mark.parametrize("line", ["# import math is above", "'import math'", "MAX_LIMIT = 30"])
+@pytest.mark.parametrize("line", ["# LIMIT = 3", "'LIMIT = 3'", "MAX_LIMIT = 30"])
 def test_what_the_answer_only_mentions_is_put_back(line):
     """A text that holds a statement's text does not yet make the statement."""
-    shown = BUGGY.replace("-= item", "-= math.floor(item) * LIMIT")
-    shown = f"import math\nLIMIT = 3\n\n{shown}".replace("result = start", "result = start * 1")
-    example = tasks.edit_example("x", shown, shown.replace("-=", "+="), "total", [([[1], 0], 3)])
-    alone = example.reference[example.reference.index("def total"):]
-    answer = alone.replace("    result =", f"    {line}\n    result =")
-    assert tasks.run_example(example, answer) == "ok"
+    example = shown_problem()
+    alone = example.reference[example.reference.index("def total"):].split("\n\n")[0]
+    answer = alone.replace("    result =", f"    {line}\n    result = LIMIT - LIMIT +")
+    assert tasks.verify_edit(example, answer).passed
 
 
-def test_what_the_static_gate_refuses_is_not_run(monkeypatch):
-    monkeypatch.setattr(tasks, "static_gate", lambda answer, buggy: "gate: a new import")
+@pytest.mark.parametrize("answer, lines", [
+    (f"# The bug was a sign.\n{FIXED}", 1), (f"{FIXED}\n# Fixed.", 1),
+    (f"import math\n{FIXED}", 1), (f"from string import digits\n{FIXED}", 1),
+    (f"{FIXED}\ndef g():\n    return 1", 2), (f"class A:\n    x = 1\n{FIXED}", 2)])
+def test_comments_imports_and_helpers_are_edits_and_no_crime(answer, lines):
+    verdict = tasks.verify_edit(sum_problem(), answer)
+    assert verdict.passed and verdict.metrics["ulr"] == pytest.approx(lines / 6)
+    assert 0.8 < verdict.reward < 1
+
+
+@pytest.mark.parametrize("buggy, reference, tests", [
+    ("def f(x, seen=[]):\n    seen.append(x)\n    return seen",
+     "def f(x, seen=None):\n    seen = seen or []\n    seen.append(x)\n    return seen",
+     (((1,), [1]), ((2,), [2]))),
+    ("def f(w, h=0):\n    return w * h", "def f(w, h=1):\n    return w * h", (((3,), 3),)),
+    ("def f(s):\n    return re.sub('a', '', s)",
+     "import re\n\ndef f(s):\n    return re.sub('a', '', s)", ((("ab",), "b"),)),
+    ("def f(x):\n    return x + C", "C = 2\n\ndef f(x):\n    return x + C", (((1,), 3),)),
+    ("N = 0\ndef f(x):\n    N = x\n    return g()\ndef g():\n    return N",
+     "N = 0\ndef f(x):\n    global N\n    N = x\n    return g()\ndef g():\n    return N",
+     (((1,), 1),)),
+    ("def f(x):\n    return x", "def f(x):\n    return eval(x)", ((("1 + 1",), 2),))])
+def test_what_the_reference_adds_is_no_crime(buggy, reference, tests):
+    example = tasks.edit_example("x", buggy, reference, "f", tests)
+    assert tasks.verify_edit(example, reference).reward == 1.0
+    assert tasks.verify_edit(example, buggy).reward == -1.0
+
+
+def test_what_the_gate_refuses_is_not_run(monkeypatch):
     monkeypatch.setattr(tasks, "run_tests", None)
-    verdict = tasks.verify_edit(sum_problem(), FIXED)
+    verdict = tasks.verify_edit(sum_problem(), FIXED.replace("start\n", "eval('start')\n"))
     assert (verdict.reward, verdict.formatted) == (-1.0, True)
-    assert verdict.reason == "gate: a new import"
+    assert verdict.reason == "gate: use of eval"
 
 
 def test_a_judge_without_a_verdict_is_a_failure(monkeypatch):
-    """Silence must never be taken for success."""
-    for silence in (None, "timeout"):
-        monkeypatch.setattr(tasks, "run_tests", lambda *job, silence=silence: silence)
+    """Silence must never be taken for success, nor a word for a verdict."""
+    for reply, fault in ((None, ""), (None, "timeout"), ("ok", ""), (["passed"], ""), ([], ""),
+                         ([["ok", "ok"]], ""), ([["value", "ok"], ["value", True]], "")):
+        monkeypatch.setattr(tasks, "run_job", lambda *job, r=reply, f=fault, **size: (r, f))
         verdict = tasks.verify_edit(sum_problem(), FIXED)
         assert (verdict.reward, verdict.passed) == (-1.0, False)
+    for passed, reason in ((True, "wrong value"), (False, "ok")):
+        with pytest.raises(ValueError, match="cannot be"):
+            tasks.Verdict(1.0, passed, True, reason, {})
 
 
 def test_a_wrong_edit_has_metrics_and_reward_minus_1():
@@ -4661,7 +4844,7 @@ def test_parsing_an_answer_warns_nobody():
     """With -W error an invalid escape would else turn into a syntax error."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert tasks.format_error('def f():\n    return "\\d" is 1', "", "f") == ""
+        assert tasks.verify_edit(sum_problem(), FIXED + ' if "\\d" is 1 else result').passed
 
 
 def test_no_string_raises():
@@ -4803,11 +4986,20 @@ BAD_ROWS = {
     "Infinity": (b'{"expected": -Infinity}', "Infinity"),
     "deep JSON": (b"[" * 100_000, "expected a JSON object"),
     "a huge integer": (b'{"id": ' + b"9" * 5000 + b"}", "expected a JSON object"),
-    "gzip": (gzip.compress(b"{}", mtime=0), "UTF-8"),
     "binary": (b"\x00\x01\x02", "expected a JSON object"),
     "Latin-1": ('{"id": "caf\u00e9"}'.encode("latin-1"), "UTF-8"),
     "UTF-16": ('{"id": "x"}'.encode("utf-16"), "UTF-8"),
-    "byte order mark": (b"\xef\xbb\xbf{}", "BOM"),
+    "seconds is a string": ({**OWN, "id": "p2", "seconds": "1"}, '"seconds" must be a number'),
+    "tolerance is negative": ({**OWN, "id": "p2", "tolerance": -1}, "from 0 to 60, got -1"),
+    "its reference fails": ({**OWN, "id": "p2", "tests": [{"args": [[1], 0], "expected": 7}]},
+                            'id "p2": its reference must pass its tests, got "test 1: wrong'),
+    "its bug passes": ({**OWN, "id": "p2", "tests": [{"args": [[], 3], "expected": 3}]},
+                       'id "p2": its buggy function must fail a test'),
+    "its script needs numpy": ({**without("tests"), "id": "p2", "test_code": "import numpy\n"
+                                "def check(f):\n    assert f([1], 0) == 1"}, "must pass its tests"),
+    "its script prints no check": ({**without("tests"), "id": "p2", "test_code": "def check(\n"
+                                    "        f):\n    assert f([1], 0) == 1\ncheck(\n    1)"},
+                                   "must pass its tests"),
     "NUL in a string": (b'{"id": "a\x00b"}', "expected a JSON object"),
     "too long": (b'{"id": "' + b"x" * 4_000_000 + b'"}', "4,000,000 bytes"),
     "no id": (without("id"), '"id" must be a string, got nothing'),
@@ -4829,7 +5021,6 @@ BAD_ROWS = {
     "buggy defines another": ({**OWN, "buggy": "def f(): pass"}, '"buggy" must hold'),
     "reference defines another": ({**OWN, "reference": "def f(): pass"}, "no function total"),
     "entry point is no function": ({**OWN, "entry_point": "items"}, "no function items"),
-    "reference has more": ({**OWN, "reference": FIXED + "\nprint(1)"}, "text outside"),
     "nothing to repair": ({**OWN, "reference": BUGGY}, '"reference" must differ'),
     "tests is a string": ({**OWN, "tests": "assert"}, 'field "tests" must be a list of '
                           '{"args": [...], "expected": ...}, got a string'),
@@ -4848,6 +5039,36 @@ BAD_ROWS = {
     "raw row that does not parse": ({**RAW, "buggy_solution": "    return ("},
                                     '"buggy_solution" must hold the source'),
 }
+
+
+def test_gzip_and_a_byte_order_mark_are_read_as_what_they_are(tmp_path):
+    text = json.dumps(OWN).encode()
+    marked = b"\xef\xbb\xbf" + text
+    for data in (marked, gzip.compress(text), gzip.compress(marked)):
+        (tmp_path / "rows").write_bytes(data)
+        assert [example.id for example in tasks.load_edits(str(tmp_path / "rows"))] == ["p1"]
+    (tmp_path / "rows").write_bytes(gzip.compress(text)[:-9])
+    with pytest.raises(tasks.LoadError, match="cannot be read"):
+        tasks.load_edits(str(tmp_path / "rows"))
+
+
+def test_bad_rows_are_listed_for_those_who_go_on_without_them(tmp_path):
+    bad = {**OWN, "id": "p2", "tests": [{"args": [[1], 0], "expected": 7}]}
+    refused: list[str] = []
+    assert [e.id for e in tasks.load_edits(written(tmp_path, OWN, b"{", bad), refused)] == ["p1"]
+    assert [sentence.split(": ")[0].split()[-1] for sentence in refused] == ["2", "3"]
+    with pytest.raises(tasks.LoadError, match="no usable row"):
+        tasks.load_edits(written(tmp_path, bad), refused)
+
+
+def test_seconds_tolerance_and_names_of_a_row(tmp_path):
+    """A row may ask for more time and less precision; names compare as Python compares them."""
+    row = {"id": "r", "buggy": "def \ufb01(x):\n    return x / 2", "entry_point": "\ufb01",
+           "reference": "def \ufb01(x):\n    return x / 3", "seconds": 3, "tolerance": 1e-4,
+           "tests": [{"args": [1], "expected": 0.3333}]}
+    [example] = tasks.load_edits(written(tmp_path, row))
+    assert (example.seconds, example.tolerance, example.entry_point) == (3.0, 1e-4, "fi")
+    assert tasks.verify_edit(example, "def fi(x):\n    return x / 3").passed
 
 
 @pytest.mark.parametrize("case", BAD_ROWS)

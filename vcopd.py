@@ -143,6 +143,9 @@ class Config:
                          choices=["none", "nf4"])
     merge: str = knob("", "also write base and adapters as one plain model, to this new folder")
     eval_only: bool = knob(False, "evaluate --model and train nothing")
+    check: bool = knob(False, "show which rows work, how long they are and what the model can "
+                              "do already; train nothing")
+    skip_bad_rows: bool = knob(False, "leave out rows of data files that nobody can pass")
     bench: bool = knob(False, "time the parts of a step on this machine and train nothing")
     inspect: bool = knob(False, "show token by token what a step would credit, and train nothing")
     compare: bool = knob(False, "train every method from one base, and print one table")
@@ -213,13 +216,15 @@ OFF = {  # what does nothing where the option before it is 0
 }
 
 EVAL_ONLY = ("eval_only", "task", "model", "split", "eval_data", "benchmark", "out", "device",
-             "dtype", "quantize", "rollouts", "max_new_tokens", "eval_problems", "unsafe_judge")
+             "dtype", "quantize", "rollouts", "max_new_tokens", "eval_problems", "skip_bad_rows",
+             "unsafe_judge")
 
 NOT_TRAINED = ("steps", "out", "merge", "split", "eval_data", "benchmark", "eval_every",
                "save_every", "eval_problems", "kl_budget", "format_threshold", "format_examples",
                "format_lr", "format_rank")
 
 COMMANDS = {  # that do not train one model, and the options that have nothing to do there
+    "check": (),
     "bench": NOT_TRAINED,
     "inspect": (*NOT_TRAINED, "lora_rank", "lora_alpha", "lr", "epochs", "ratio_clip", "kl_coef",
                 "kl_target", "entropy_coef", "max_grad_norm", "replay_share", "replay_every",
@@ -397,6 +402,10 @@ def check_use(said: dict, cfg: Config) -> None:
     modes = [name for name in (*COMMANDS, "eval_only") if getattr(cfg, name)]
     if len(modes) > 1:
         usage_error(f"{option(modes[0])} and {option(modes[1])} are two commands: give one")
+    if cfg.rollouts == 1 and cfg.method in ("rl", "vcopd") and (
+            cfg.teacher == "none" or cfg.teacher_coef == 0) and not cfg.eval_only:
+        usage_error("--rollouts 1 leaves nothing to compare an answer with, and without a teacher "
+                    "nothing is learnt: give at least 2")
     if cfg.inspect and (cfg.teacher == "none" or cfg.teacher_coef == 0):
         usage_error("--inspect shows the hints of a teacher: leave out --teacher none, "
                     "--teacher-coef 0 and methods without a teacher")
@@ -598,9 +607,9 @@ class Policy:
         return prompt_ids(self.tokenizer, prompt)
 
     def decode(self, batch: Batch) -> list[str]:
-        """Completions as text, for the verifier and for people; training keeps the ids."""
-        return self.tokenizer.batch_decode(batch.answers(), skip_special_tokens=True,
-                                           clean_up_tokenization_spaces=False)
+        """Completions as text, without the stop token, for the verifier and for people."""
+        rows = [ids[:-1] if ids[-1] in self.stop_ids else ids for ids in batch.answers()]
+        return self.tokenizer.batch_decode(rows, clean_up_tokenization_spaces=False)
 
 
 @contextlib.contextmanager
@@ -816,14 +825,14 @@ def vcopd_loss(terms: Tensor, part: Experience, kl_coef: float, tokens: int,
     """The loss of one micro-batch and what to log. `terms` (3, b, T) are of `token_terms`.
 
     In the first epoch rho is 1. Summed over micro-batches, the *value* of the policy term is then
-    minus the mean of A_dense: near 0, as advantages are centred (exactly, if answers are of one
-    length and without hints). Its gradient, -mean(A_dense grad log pi), is not.
+    minus the mean of A_dense: near 0, as advantages are centred. Its gradient is not.
     """
     logp, kl, entropy = terms
     mask, eps = part.batch.mask, cfg.ratio_clip
     assert logp.shape == mask.shape == part.logp_old.shape == part.gap.shape
     dense = dense_advantage(part.advantage, part.gap, cfg)  # (b, T)
-    ratio = (logp - part.logp_old).exp()  # Eq. 6
+    # far tokens: where exp overflows, 0 * inf would be a NaN gradient
+    ratio = (logp - part.logp_old).clamp(-20, 20).exp()  # Eq. 6
     objective = torch.minimum(ratio * dense, ratio.clamp(1 - eps, 1 + eps) * dense)
     policy_loss = -token_mean(objective, mask, tokens)  # Eq. 7
     kl_mean = token_mean(kl, mask, tokens)
@@ -913,10 +922,19 @@ def prompt_ids(tokenizer, prompt: str) -> list[int]:
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True,
             enable_thinking=False)  # Qwen3: the answer at once
-    ids = tokenizer(text, add_special_tokens=False).input_ids
+    before, said, after = text.partition(prompt.strip())
+    ids = [*tokenizer(before, add_special_tokens=False).input_ids, *text_ids(tokenizer, said),
+           *tokenizer(after, add_special_tokens=False).input_ids]
+    if not any(special in said for special in tokenizer.all_special_tokens):
+        ids = tokenizer(text, add_special_tokens=False).input_ids  # words may span the borders
     own = tokenizer("").input_ids[:1]  # what the tokenizer itself begins with
     missing = own == [tokenizer.bos_token_id] and ids[:1] != own
     return own + ids if missing else ids
+
+
+def text_ids(tokenizer, text: str) -> list[int]:
+    """Ordinary text as ids: where it holds the name of a special token, that is only a word."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
 
 def pad(rows: list[list[int]], value: int, left: bool = False) -> tuple[Tensor, Tensor]:
@@ -1313,8 +1331,8 @@ def sample_records(rollouts: Rollouts, step: int, count: int) -> list[dict]:
 
 def solution_batch(policy: Policy, examples: list[tasks.Example]) -> Batch:
     """Reference answers, each ending in the stop token, as a batch to imitate."""
-    answers = [[*policy.tokenizer(e.reference, add_special_tokens=False).input_ids,
-                int(policy.stop_ids[0])] for e in examples]
+    answers = [[*text_ids(policy.tokenizer, e.reference), int(policy.stop_ids[0])]
+               for e in examples]
     completion, mask = (t.to(policy.device) for t in pad(answers, policy.pad_id))
     return Batch([policy.encode(e.prompt) for e in examples], completion, mask)
 
@@ -1866,9 +1884,10 @@ def adapter_settings(folder: Path) -> dict:
     """The adapter_config.json of a plain LoRA. Raises RunError for anything else, by its name."""
     try:
         settings = json.loads((folder / "adapter_config.json").read_text("utf-8"))
-        kind, _ = settings["peft_type"], settings["base_model_name_or_path"]
+        kind, *_ = (settings[name] for name in ("peft_type", "base_model_name_or_path",
+                                                "lora_alpha"))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{folder} holds no adapter_config.json of PEFT ({error})") from None
+        raise RunError(f"{folder} holds no whole adapter_config.json of PEFT ({error!r})") from None
     if kind != "LORA":
         raise RunError(f"{folder} holds an adapter of the kind {kind}: only LORA is supported")
     odd = [name for name in NOT_PLAIN if settings.get(name) not in (None, False, "none", {}, [])]
@@ -2972,20 +2991,77 @@ def peak_memory() -> float:
 
 
 def load_task(cfg: Config) -> tasks.Task:
-    """The task, with the user's own data files in place of its own."""
-    own = {}
+    """The task, with the user's own data files in place of its own.
+
+    Every row of a file is run. A bad one raises LoadError, or is left out if --skip-bad-rows says
+    so, and is told.
+    """
+    own, refused = {}, [] if cfg.skip_bad_rows else None
     if cfg.data:
-        own["train"] = tasks.load_edits(cfg.data)
+        own["train"] = tasks.load_edits(cfg.data, refused)
     if cfg.eval_data:
-        own["evals"] = {"eval_data": tasks.load_edits(cfg.eval_data)}
+        own["evals"] = {"eval_data": tasks.load_edits(cfg.eval_data, refused)}
     if cfg.benchmark:
-        own["benchmark"] = tasks.load_benchmark(cfg.benchmark)
+        own["benchmark"] = tasks.load_benchmark(cfg.benchmark, refused)
+    if refused:
+        print(f"--skip-bad-rows: {len(refused)} rows are left out, the first: {refused[0]}")
     task = replace(tasks.TASKS[cfg.task](), **own)
     if cfg.split == "validation":
         problems, old_skills = task.validation
         task = replace(task, evals={"validation": problems}, benchmark=old_skills)
     stride = math.ceil(len(task.benchmark) / cfg.eval_problems)  # some of every skill
     return replace(task, benchmark=task.benchmark[::stride])
+
+
+def fit_lengths(policy: Policy, examples: list[tasks.Example], cfg: Config) -> None:
+    """Raise RunError for a prompt with which an answer exceeds the model's context; say how many
+    references are longer than an answer may be."""
+    limit = getattr(policy.model.config, "max_position_embeddings", None) or INF
+    for e in examples:
+        texts = [e.prompt, tasks.privileged_prompt(e)] if has_teacher(cfg) else [e.prompt]
+        size = max(map(len, (text.encode() for text in texts)))  # no token is shorter than a byte
+        if size + cfg.max_new_tokens > limit - 64:  # and 64 are for the chat template
+            size = max(len(policy.encode(text)) for text in texts)
+        if size + cfg.max_new_tokens > limit:
+            raise RunError(f"example {e.id}: its prompt takes {size} tokens and an answer up to "
+                           f"{cfg.max_new_tokens}, but the model reads {limit}: leave it out, or "
+                           "lower --max-new-tokens")
+    long = [(len(ids) + 1, e.id) for e, ids in zip(examples, policy.tokenizer(
+        [e.reference for e in examples], add_special_tokens=False).input_ids, strict=True)
+        if len(ids) >= cfg.max_new_tokens]
+    if long:
+        print(f"Note: {len(long)} of {len(examples)} references are longer than --max-new-tokens "
+              f"{cfg.max_new_tokens}; the longest, {max(long)[1]}, takes {max(long)[0]}. Such "
+              "answers are cut off and fail")
+
+
+def check(cfg: Config) -> int:
+    """--check: which rows work, how long they are, and what the base makes of them."""
+    refused: list[str] = []
+    for path, load in ((cfg.data, tasks.load_edits), (cfg.eval_data, tasks.load_edits),
+                       (cfg.benchmark, tasks.load_benchmark)):
+        if path:
+            bad: list[str] = []
+            rows = load(path, bad)
+            print(f"{path}: {len(rows)} rows pass, {len(bad)} are refused", *bad, sep="\n  ")
+            refused += bad
+    task = load_task(replace(cfg, skip_bad_rows=True))
+    policy = load_policy(cfg, task)
+    print_environment(environment(policy))
+    prompts, answers = zip(*((len(policy.encode(e.prompt)), len(ids)) for e, ids in zip(
+        task.train, solution_batch(policy, task.train).answers(), strict=True)), strict=True)
+    print(f"{len(task.train)} training problems: the longest prompt takes {max(prompts)} tokens, "
+          f"the longest answer {max(answers)} of --max-new-tokens {cfg.max_new_tokens}")
+    fit_lengths(policy, [*task.train, *first_split(task.evals)], cfg)
+    problems, k = task.train[:cfg.eval_problems], cfg.rollouts
+    _, texts = answers_to(policy, policy.reference, [e.prompt for e in problems], k, cfg)
+    verdicts = verify_all(task.verify, [e for e in problems for _ in range(k)], texts)
+    passes = [sum(v.passed for v in verdicts[i:i + k]) for i in range(0, len(verdicts), k)]
+    never, always = passes.count(0), passes.count(k)
+    print(f"The base answers in the right format {mean(v.formatted for v in verdicts):.0%} of the "
+          f"time. Of {len(problems)} problems, in {k} answers each, it solves {never} never, "
+          f"{len(passes) - never - always} sometimes, {always} always")
+    return 2 if refused and not cfg.skip_bad_rows else 0
 
 
 def check_same(out: Path, cfg: Config) -> None:
@@ -3078,6 +3154,8 @@ def run(cfg: Config, out: Path, resuming: bool, task: tasks.Task, before: dict) 
     if cfg.merge and any(Path(cfg.merge).glob("*")):
         raise RunError(f"--merge {cfg.merge} is not empty: name a new folder")
     policy = load_policy(cfg, task)
+    splits = (*task.evals.values(), *([] if cfg.eval_only else [task.train]))
+    fit_lengths(policy, [example for split in splits for example in split], cfg)
     optimizer = torch.optim.Adam(adapter_parameters(policy.model, "policy"), lr=cfg.lr)
     state = State(optimizer, cfg.kl_coef, before=before)
     print_environment(environment(policy))
@@ -3152,6 +3230,8 @@ def main(cfg: Config, resuming: bool) -> int:
     keep_memory()
     try:
         join_ranks(cfg)
+        if cfg.check:
+            return check(cfg)
         if cfg.bench or cfg.inspect:
             (bench if cfg.bench else inspect)(cfg)
             return 0
@@ -3163,7 +3243,7 @@ def main(cfg: Config, resuming: bool) -> int:
             return 0
         report = run(cfg, out, resuming, load_task(cfg), {})
     except KeyboardInterrupt:
-        began = not (cfg.bench or cfg.inspect) and (out / "config.json").exists()
+        began = not (cfg.bench or cfg.inspect or cfg.check) and (out / "config.json").exists()
         print("\nInterrupted. To go on: "
               + (f"python vcopd.py --resume {out}" if began else "give the same command again"))
         return 130
