@@ -408,12 +408,15 @@ def replaced(source: str, node: ast.AST, text: str) -> str:
 
 BREAKS = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.ExceptHandler, ast.Match, ast.IfExp)
 LONG = 8  # characters of a token that is no name: where a longer one is new, its words count
+QUOTED = "\0"  # no token begins with it
+BRANCH_WORDS = {"if", "elif", "else", "for", "while", "except", "and", "or"}
 
 
 def edit_metrics(answer: str, buggy: str, reference: str) -> dict[str, float]:
     """Shares in [0, 1], 0 for the reference: what the reward charges.
 
-    nel, acc, ulr    tokens, complexity and lines beyond those that the reference changes
+    nel, acc, ulr    tokens, complexity and lines beyond those that the reference changes; the words
+                     of new strings and comments count as tokens, and branches in them too
     excess_edit      for the report, signed, in [-1, 1]: S of the minimal-editing benchmark, where
                      each of the two distances is divided by its own length
     """
@@ -421,6 +424,7 @@ def edit_metrics(answer: str, buggy: str, reference: str) -> dict[str, float]:
     known = {*c, *g}
     spelt = [piece for token in m for piece in ([token] if token in known else in_words(token))]
     cog_m, cog_c, cog_g = map(cognitive_complexity, (answer, buggy, reference))
+    cog_m += sum(piece[0] == QUOTED and piece[1:] in BRANCH_WORDS for piece in spelt if piece)
     extra = levenshtein(spelt, c) - levenshtein(g, c)
     extra_lines = changed_lines(answer, buggy) - changed_lines(reference, buggy)
     # differs: nel, acc and ulr are held in [0, 1], so that no pass is worth less than a fail
@@ -433,10 +437,13 @@ def edit_metrics(answer: str, buggy: str, reference: str) -> dict[str, float]:
 
 def in_words(token: str) -> list[str]:
     """A long string, number or comment in its words, so that no program is one token. Long words
-    are cut, since text can be encoded in one. Other tokens are left whole."""
+    are cut, since text can be encoded in one. Other tokens are left whole.
+
+    Quoted words are none of the code: old code in a comment is not kept.
+    """
     if token.isidentifier() or token.isspace() or len(token) <= LONG:
         return [token]
-    return re.findall(rf"\w{{1,{LONG}}}|[^\w\s]", token)
+    return [QUOTED + word for word in re.findall(rf"\w{{1,{LONG}}}|[^\w\s]", token)]
 
 
 def edit_reward(metrics: dict[str, float]) -> float:

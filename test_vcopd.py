@@ -3999,6 +3999,8 @@ KEPT_ONLY_FOR_SHOW = {
     "decorated": gamed("@repr\ndef old():", DEEPER + "\n    return start + sum(items)"),
     "the old one below, renamed": f"{REWRITE}\n\n{BUGGY.replace('total', 'old')}",
     "the old one above": f"{BUGGY}\n\n{REWRITE}",
+    "in a comment": gamed("return start + sum(items)", textwrap.indent(OLD, "# ", bool)),
+    "in a string": gamed('"""', OLD + '\n    """\n    return start + sum(items)'),
     "an idle name": gamed("x = [i for i in items]\nreturn [start + sum(items), x][0]"),
 }
 
@@ -4050,6 +4052,8 @@ def test_a_long_literal_is_charged_by_its_words(literal):
     answer = gamed(f"x = {literal}", FIXED[FIXED.index("    result"):])
     found = tasks.verify_edit(sum_problem(), answer)
     assert found.passed and found.metrics["nel"] > 0.15
+    branches = len(re.findall(r"\b(if|for|and)\b", literal))
+    assert found.metrics["acc"] >= min(1, branches / 3)
 
 
 def test_calling_what_the_buggy_source_calls_is_no_crime():
