@@ -27,7 +27,6 @@ import textwrap
 import threading
 import time
 import tokenize
-import types
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -171,7 +170,8 @@ def toy_task() -> SimpleNamespace:
     """All that the method needs to know of a task."""
     return SimpleNamespace(name="toy", verify=likes_a, train=toy_examples(12),
                            anchors=toy_examples(6, "old"),
-                           evals={"in_domain": toy_examples(5, "new")})
+                           evals={"in_domain": toy_examples(5, "new")},
+                           validation=(toy_examples(5, "valid"), []))
 
 
 @pytest.fixture
@@ -189,13 +189,9 @@ def fresh_state(policy: vcopd.Policy, cfg: vcopd.Config) -> vcopd.State:
 
 def read_by_all(policy: vcopd.Policy, cfg: vcopd.Config, batch: vcopd.Batch | None = None,
                 advantage=(-1.0, 1.0, 0.0, 2.0), examples=None) -> list[vcopd.Experience]:
-    """Micro-batches of rollouts that reference and teacher have read, as in `train_step`."""
+    """Micro-batches of rollouts that student, reference and teacher have read."""
     advantage = torch.tensor(advantage, dtype=policy.model.dtype)
-    parts = vcopd.split_and_ask_reference(policy, batch or ragged_batch(), cfg)
-    for part in parts:
-        part.advantage = advantage[part.index]
-        part.logp_teacher = vcopd.ask_teacher(policy, part, examples or toy_examples(4), cfg)
-    return parts
+    return vcopd.score(policy, batch or ragged_batch(), examples or toy_examples(4), advantage, cfg)
 
 
 def loss_and_gradient(policy: vcopd.Policy, parts: list[vcopd.Experience], cfg: vcopd.Config,
@@ -205,17 +201,37 @@ def loss_and_gradient(policy: vcopd.Policy, parts: list[vcopd.Experience], cfg: 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vcopd, "total_loss", lambda *a: values.append(whole(*a)) or values[-1])
         patch.setattr(vcopd, "optimizer_step", lambda optimizer, cfg: 0.0)
-        vcopd.update(policy, parts, replay, fresh_state(policy, cfg), cfg)
+        patch.setattr(vcopd, "draw_replay", lambda *_: replay)
+        vcopd.update(policy, parts, fresh_state(policy, cfg), replace(cfg, epochs=1))
     parameters = vcopd.adapter_parameters(policy.model, "policy")
     gradient = torch.cat([parameter.grad.flatten() for parameter in parameters])
     policy.model.zero_grad()
     return sum(values).item(), gradient
 
 
+def train_step(policy: vcopd.Policy, task, examples: list, state: vcopd.State,
+               cfg: vcopd.Config) -> tuple[dict, list[dict]]:
+    """One round of the shipped loop on these examples: its metrics and samples."""
+    kept = []
+    log = SimpleNamespace(write=lambda metrics, samples, _: kept.append((metrics, samples)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vcopd, "Log", lambda out, cfg: log)
+        patch.setattr(vcopd, "examples_at", lambda *_: examples)
+        patch.setattr(vcopd, "save_checkpoint", lambda *_: None)
+        vcopd.train(policy, task, state, Path(),
+                    replace(cfg, steps=state.step + 1, eval_every=10**6))
+    return kept[0]
+
+
+def adapter_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Every A and B by its full name."""
+    return {name: w for name, w in model.state_dict().items() if ".lora_" in name}
+
+
 def adapter_bytes(policy: vcopd.Policy) -> dict[str, bytes]:
     """Every adapter weight, to compare bit by bit."""
     return {name: weight.detach().numpy().tobytes()
-            for name, weight in vcopd.named_adapters(policy.model).items()}
+            for name, weight in adapter_weights(policy.model).items()}
 
 
 def base_digest(policy: vcopd.Policy) -> str:
@@ -302,7 +318,8 @@ def test_every_command_of_the_readme_is_accepted(line, tmp_path, monkeypatch):
     Path("RUN/config.json").write_text(json.dumps(asdict(vcopd.Config())), "utf-8")
     words = {"N": "1", "sort": "arithmetic"}  # placeholders, and what a reader has to paste first
     arguments = [words.get(word, word) for word in shlex.split(line)]
-    if vcopd.read_plot(arguments):
+    if "--plot" in arguments:
+        assert vars(vcopd.build_parser().parse_args(arguments))["plot"]
         return
     cfg, resuming = vcopd.read_config(arguments)
     assert cfg.out and resuming == ("RUN" in line)
@@ -349,26 +366,6 @@ def test_every_listed_deviation_is_marked_where_it_happens():
 # =============================================================================================
 # Configuration
 # =============================================================================================
-
-
-@pytest.mark.parametrize("arguments", [
-    ["--gap-clipp", "1"], ["--temp", "1"], ["--gate", "sometimes"],
-    ["--compare", "--ablations"], ["--bench", "--compare"], ["--bench", "--steps", "5"],
-    ["--inspect", "--bench"], ["--inspect", "--compare"], ["--inspect", "--ablations"],
-    ["--inspect", "--eval-only"], ["--inspect", "--lr", "0.1"], ["--inspect", "--out", "x"],
-    ["--inspect", "--teacher", "none"], ["--inspect", "--teacher-coef", "0"],
-    ["--inspect", "--method", "rl"], ["--inspect", "--method", "sft"],
-    ["--seeds", "2"], ["--compare", "--method", "rl"], ["--compare", "--split", "validation"],
-    ["--split", "validation", "--eval-data", "F"], ["--compare", "--teacher", "none"],
-    ["--method", "rl", "--teacher-coef", "1"], ["--ratio-clip", "-1"], ["--lr", "nan"],
-    ["--teacher", "none", "--gate", "none"], ["--teacher-coef", "0", "--gap-clip", "1"],
-    ["--kl-coef", "0", "--kl-target", "1"], ["--replay-share", "0", "--replay-keep", "1"]])
-def test_an_option_that_would_do_nothing_is_refused(arguments, capsys):
-    """A mistyped or overruled option that is accepted ruins an experiment without a word."""
-    with pytest.raises(SystemExit) as stop:
-        vcopd.read_config(arguments)
-    assert stop.value.code == 2
-    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 # =============================================================================================
@@ -738,14 +735,6 @@ def test_answers_share_a_row_up_to_its_limit(pack, rows):
     assert sum(groups, []) == [0, 1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("config, room", [
-    ({}, 1024), ({"sliding_window": None}, 1024), ({"sliding_window": 8}, 0),
-    ({"attention_chunk_size": 8}, 0)])
-def test_models_with_local_attention_read_each_answer_alone(config, room):
-    """Their layers make masks of different kinds, which one mask for all would replace."""
-    assert vcopd.shared_row(types.SimpleNamespace(**config)) == room
-
-
 def test_scoring_twice_gives_the_same_bits():
     """Dropout, or any other noise, would make KL positive and ratios wander at step 0."""
     policy, batch = tiny_policy(moved=0.3), ragged_batch()
@@ -1018,7 +1007,7 @@ def test_the_hint_reaches_the_teacher_and_never_the_student(toy, monkeypatch):
         return scoring(policy, role, batch)
 
     monkeypatch.setattr(vcopd, "completion_hidden", spy)
-    vcopd.train_step(policy, toy, toy.train[:4], fresh_state(policy, TOY), TOY)
+    train_step(policy, toy, toy.train[:4], fresh_state(policy, TOY), TOY)
     hinted = {role for role, has_hint in seen if has_hint}
     assert hinted == {policy.reference}
     assert sum(has_hint for _, has_hint in seen) == 16  # each rollout once, not in every epoch
@@ -1058,7 +1047,7 @@ def test_the_stop_token_is_trained_even_when_pad_equals_eos():
     batch = vcopd.Batch([[5, 6], [7, 8]], rows, vcopd.stop_mask(rows, policy.stop_ids))
     parts = read_by_all(policy, cfg, batch, (1.0, 0.0))
     before = model_logits(policy, policy.student, [5, 6])[-1].softmax(-1)[EOS]
-    vcopd.update(policy, parts, None, fresh_state(policy, cfg), cfg)
+    vcopd.update(policy, parts, fresh_state(policy, cfg), cfg)
     assert model_logits(policy, policy.student, [5, 6])[-1].softmax(-1)[EOS] > before
     assert sum(int(part.batch.mask.sum()) for part in parts) == 1 + 3
 
@@ -1218,7 +1207,7 @@ def test_on_a_bfloat16_base_the_ratio_of_the_first_epoch_is_exactly_one(toy):
     """With a clip range of 0, a single rounding error between pi_old and pi_theta would count."""
     policy = tiny_policy(dtype=torch.bfloat16, moved=0.1)
     cfg = replace(TOY, epochs=1, ratio_clip=0.0)
-    metrics, _ = vcopd.train_step(policy, toy, toy.train[:4], fresh_state(policy, cfg), cfg)
+    metrics, _ = train_step(policy, toy, toy.train[:4], fresh_state(policy, cfg), cfg)
     assert metrics["ratio_clipped"] == 0
 
 
@@ -1285,7 +1274,8 @@ def test_every_old_skill_has_its_share_of_the_replay(toy, monkeypatch):
 def test_replay_is_its_share_of_the_batch(rows, share):
     """r of all rows, new and old, give or take the rounding of one row."""
     state = vcopd.State(None, 0.01, replay=ragged_batch())
-    drawn = vcopd.draw_replay(state, rows, 0, replace(TOY, replay_share=share))
+    cfg = replace(TOY, prompts=rows // 4, rollouts=4, replay_share=share)
+    drawn = vcopd.draw_replay(state, 0, cfg)
     count = len(drawn.contexts)
     assert abs(count - share * (rows + count)) <= 0.5
 
@@ -1316,8 +1306,7 @@ def test_training_makes_the_verifier_happier(toy):
     state, rewards = fresh_state(policy, cfg), []
     for _ in range(12):
         examples = vcopd.examples_at(toy, state.step, cfg)
-        metrics, _ = vcopd.train_step(policy, toy, examples, state, cfg)
-        state.step += 1
+        metrics, _ = train_step(policy, toy, examples, state, cfg)
         rewards.append(metrics["reward"])
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.2
 
@@ -1328,7 +1317,7 @@ def test_training_leaves_the_base_untouched(toy):
     before, adapter = base_digest(policy), adapter_bytes(policy)
     state = fresh_state(policy, TOY)
     for _ in range(3):
-        vcopd.train_step(policy, toy, toy.train[:4], state, TOY)
+        train_step(policy, toy, toy.train[:4], state, TOY)
     assert base_digest(policy) == before
     assert adapter_bytes(policy) != adapter
 
@@ -1338,8 +1327,7 @@ def after_two_steps(task, cfg: vcopd.Config) -> dict[str, bytes]:
     policy = tiny_policy()
     state = fresh_state(policy, cfg)
     for _ in range(2):
-        vcopd.train_step(policy, task, vcopd.examples_at(task, state.step, cfg), state, cfg)
-        state.step += 1
+        train_step(policy, task, vcopd.examples_at(task, state.step, cfg), state, cfg)
     return adapter_bytes(policy)
 
 
@@ -1354,7 +1342,7 @@ def usual_two_steps(cfg: vcopd.Config) -> dict[str, bytes]:
     ("teacher", "none"), ("teacher_coef", 0.5), ("gap_clip", 0.1), ("gate", "success"),
     ("gate", "failure"), ("gate", "none"), ("lr", 2e-2), ("epochs", 1), ("ratio_clip", 0.01),
     ("kl_coef", 1.0), ("kl_target", 9.0), ("entropy_coef", 0.1), ("max_grad_norm", 0.01),
-    ("replay_share", 0.5), ("replay_every", 1), ("replay_keep", 0.2), ("method", "opd")])
+    ("replay_share", 0.5), ("replay_every", 1), ("replay_keep", 0.2), ("blind", True)])
 def test_every_option_of_the_method_changes_the_update(option, value, toy):
     """An option that is accepted and does nothing makes an ablation that shows nothing."""
     usual = replace(TOY, ratio_clip=0.05, kl_target=1e-4)
@@ -1373,7 +1361,7 @@ def test_every_step_and_every_seed_draws_its_own_answers(toy):
     for step, seed in [(0, 0), (1, 0), (0, 1)]:
         cfg = replace(TOY, seed=seed, lr=0.0)  # nobody learns
         state = replace(fresh_state(policy, cfg), step=step)
-        _, samples = vcopd.train_step(policy, toy, toy.train[:1], state, cfg)
+        _, samples = train_step(policy, toy, toy.train[:1], state, cfg)
         written.append(tuple(record["answer"] for record in samples))
     assert len(set(written)) == 3
 
@@ -1383,7 +1371,7 @@ def test_each_epoch_takes_one_optimiser_step_on_the_whole_batch(toy):
     policy = tiny_policy()
     cfg = replace(TOY, prompts=1, epochs=3, micro_tokens=1)
     state = fresh_state(policy, cfg)
-    vcopd.train_step(policy, toy, toy.train[:1], state, cfg)
+    train_step(policy, toy, toy.train[:1], state, cfg)
     assert {int(entry["step"]) for entry in state.optimizer.state.values()} == {3}
 
 
@@ -1391,20 +1379,11 @@ def test_answers_that_stop_at_once_have_length_one(toy):
     """Every token is a stop token here: nothing divides by zero, and the stop itself is trained."""
     policy = tiny_policy(stop_ids=range(len(VOCAB)))
     before = adapter_bytes(policy)
-    metrics, _ = vcopd.train_step(policy, toy, toy.train[:4], fresh_state(policy, TOY), TOY)
+    metrics, _ = train_step(policy, toy, toy.train[:4], fresh_state(policy, TOY), TOY)
     assert metrics["tokens"] == 16
     assert metrics["truncated"] == 0
     assert math.isfinite(metrics["policy_loss"])
     assert adapter_bytes(policy) != before
-
-
-def test_truncated_answers_are_counted():
-    """An answer cut at max_new_tokens is not finished; when many are, the limit is too low."""
-    rows = torch.tensor([[5, EOS, EOS], [5, 6, 7], [5, 6, EOS], [7, 6, 5]])
-    batch = vcopd.Batch([[5]] * 4, rows, vcopd.stop_mask(rows, torch.tensor([EOS])))
-    verdicts = [likes_a(None, "")] * 4
-    rollouts = vcopd.Rollouts([], batch, [], verdicts, torch.zeros(4), torch.zeros(4), [])
-    assert vcopd.rollout_metrics(rollouts, tiny_policy())["truncated"] == 0.5
 
 
 def test_tied_groups_are_counted_and_still_learn_from_the_teacher(toy):
@@ -1413,7 +1392,7 @@ def test_tied_groups_are_counted_and_still_learn_from_the_teacher(toy):
     cfg = replace(TOY, replay_share=0.0, entropy_coef=0.0, kl_coef=0.0, epochs=1)
     policy = tiny_policy()
     before = adapter_bytes(policy)
-    metrics, _ = vcopd.train_step(policy, toy, toy.train[:4], fresh_state(policy, cfg), cfg)
+    metrics, _ = train_step(policy, toy, toy.train[:4], fresh_state(policy, cfg), cfg)
     assert metrics["tied_rollouts"] == 1
     assert metrics["gap_tied"] > 0
     assert metrics["teacher_share"] == pytest.approx(1)
@@ -1425,7 +1404,7 @@ def test_reinforcement_learning_never_asks_the_teacher(toy, monkeypatch):
     monkeypatch.setattr(tasks, "privileged_prompt", None)  # calling it would raise
     cfg = replace(TOY, method="rl", **vcopd.METHODS["rl"])
     policy = tiny_policy()
-    metrics, _ = vcopd.train_step(policy, toy, toy.train[:4], fresh_state(policy, cfg), cfg)
+    metrics, _ = train_step(policy, toy, toy.train[:4], fresh_state(policy, cfg), cfg)
     assert metrics["teacher_share"] == 0
 
 
@@ -1437,7 +1416,7 @@ def test_blind_distillation_is_blind_to_the_verdict(toy):
         toy.verify = lambda example, answer, sign=sign: replace(
             likes_a(example, answer), reward=float(sign * len(answer)))
         policy = tiny_policy()
-        vcopd.train_step(policy, toy, toy.train[:4], fresh_state(policy, cfg), cfg)
+        train_step(policy, toy, toy.train[:4], fresh_state(policy, cfg), cfg)
         students.append(adapter_bytes(policy))
     assert students[0] == students[1]
 
@@ -1447,7 +1426,7 @@ def test_a_verifier_may_speak_in_whole_numbers(toy):
     toy.verify = lambda example, answer: tasks.Verdict(1 if "a" in answer else -1, True, True,
                                                        "ok", {})
     policy = tiny_policy()
-    metrics, _ = vcopd.train_step(policy, toy, toy.train[:4], fresh_state(policy, TOY), TOY)
+    metrics, _ = train_step(policy, toy, toy.train[:4], fresh_state(policy, TOY), TOY)
     assert -1 < metrics["reward"] < 1
 
 
@@ -1476,7 +1455,7 @@ def test_imitation_learns_the_reference_and_where_it_ends(toy):
     before = scored(policy, policy.student, batch, 1.0)
     state = fresh_state(policy, TOY)
     for _ in range(5):
-        vcopd.sft_step(policy, toy, toy.train[:2], state, TOY)
+        vcopd.sft_step(policy, policy.student, toy.train[:2], state.optimizer, TOY)
     assert (scored(policy, policy.student, batch, 1.0) > before).all()
 
 
@@ -1493,12 +1472,12 @@ def test_step_1_trains_its_own_adapter_which_then_stays_and_anchors_the_kl(toy):
     layers = vcopd.lora_layers(policy.model).values()
     assert all(layer.lora_B["format"].count_nonzero() for layer in layers)
     with torch.no_grad():
-        movement = vcopd.movement(policy, policy.student, policy.reference, [ragged_batch()], TOY)
-        from_base = vcopd.movement(policy, policy.student, vcopd.BASE, [ragged_batch()], TOY)
-    assert movement[0] == 0 < from_base[0]
+        kl, kl_to_base = (vcopd.kl_and_entropy(policy, policy.student, role, [ragged_batch()],
+                                               TOY)[0] for role in (policy.reference, vcopd.BASE))
+    assert kl == 0 < kl_to_base
     for epochs in (1, 2):
         cfg = replace(TOY, epochs=epochs)
-        metrics, _ = vcopd.train_step(policy, toy, toy.train[:4], fresh_state(policy, cfg), cfg)
+        metrics, _ = train_step(policy, toy, toy.train[:4], fresh_state(policy, cfg), cfg)
         assert (metrics["kl"] == 0) == (epochs == 1)
     after = adapter_bytes(policy)
     assert {n for n in after if after[n] != formatted[n]} == set(policy_before)
@@ -1654,7 +1633,8 @@ def config(model: str, **options) -> vcopd.Config:
 def moved_policy(cfg: vcopd.Config) -> vcopd.Policy:
     """A policy after Step 1 and training, as far as its adapters are concerned: both do much."""
     policy = vcopd.load_policy(cfg, None)
-    vcopd.add_format_adapter(policy, cfg)
+    vcopd.add_adapter(policy.model, "format", cfg.format_rank, cfg.format_rank, cfg.seed)
+    policy.reference = (*policy.reference, "format")
     generator = vcopd.seeded("moved")
     for name in ("format", "policy"):
         for weight in vcopd.adapter_parameters(policy.model, name):
@@ -1701,7 +1681,7 @@ def test_the_merged_model_is_plain_and_gives_the_same_logits(kind, quantize, mod
     """People take the result to tools that know no adapters."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     if (kind, quantize) == ("gpt2", "nf4"):
-        with pytest.raises(vcopd.RunError, match="gpt2, whose Conv1D"):
+        with pytest.raises(vcopd.RunError, match="needs plain linear layers"):
             vcopd.load_policy(config(models[kind], quantize=quantize), None)
         return
     policy = moved_policy(config(models[kind], quantize=quantize))
@@ -1766,14 +1746,14 @@ def test_a_peft_folder_as_the_model_is_where_training_starts(models, tmp_path):
 
 
 @pytest.mark.parametrize("options, named", [
-    ({"use_dora": True}, "use_dora"), ({"bias": "all"}, "bias"),
-    ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+    ({"use_dora": True}, "adapts .*magnitude"),
+    ({"modules_to_save": ["lm_head"]}, "adapts .*lm_head"),
     ({"init_lora_weights": "olora"}, "init_lora_weights is 'olora'"),
     ({"alpha_pattern": {"v_proj": 2}}, "alpha_pattern")])
 def test_an_adapter_that_is_not_plain_lora_is_refused_by_name(options, named, models, tmp_path):
     """Loading it as if it were would be a wrong teacher that nobody notices."""
     folder = peft_folder(models["llama"], tmp_path / "adapter", **options)
-    with pytest.raises(vcopd.RunError, match=f"not plain LoRA: {named}"):
+    with pytest.raises(vcopd.RunError, match=named):
         vcopd.load_policy(config(models["llama"], teacher=str(folder)), None)
 
 
@@ -1787,7 +1767,7 @@ def test_an_adapter_for_another_model_is_refused(models, tmp_path):
     with pytest.raises(vcopd.RunError, match="adapts base_model.model.lm_head"):
         vcopd.load_policy(config(models["llama"], teacher=str(folder)), None)
     (folder / "adapter_model.safetensors").unlink()
-    with pytest.raises(vcopd.RunError, match="adapter_model.safetensors cannot be read"):
+    with pytest.raises(vcopd.RunError, match="adapter_model.safetensors cannot be used"):
         vcopd.load_policy(config(models["llama"], teacher=str(folder)), None)
 
 
@@ -1805,14 +1785,8 @@ def test_a_teacher_who_is_the_student_with_the_same_prompt_has_no_gap(kind, teac
     examples = [tasks.Example("", prompt, "", "") for prompt in ("def f(x):", "x" * 40)]
     prompts = [policy.encode(example.prompt) for example in examples]
     batch = vcopd.sample(policy, policy.student, prompts, 2, cfg, vcopd.seeded("rollouts"))
-    parts = vcopd.split_and_ask_reference(policy, batch, cfg)
     rows = [example for example in examples for _ in range(2)]
-    for part in parts:
-        part.advantage = torch.zeros(len(part.index))
-        part.logp_teacher = vcopd.ask_teacher(policy, part, rows, cfg)
-    state = vcopd.State(torch.optim.Adam(vcopd.adapter_parameters(policy.model, "policy")), 0.01)
-    vcopd.update(policy, parts, None, state, cfg)
-    for part in parts:
+    for part in vcopd.score(policy, batch, rows, torch.zeros(4), cfg):
         assert part.logp_old[part.batch.mask].abs().min() > 0
         assert torch.equal(part.gap, torch.zeros_like(part.gap))
 
@@ -1826,9 +1800,8 @@ def test_a_stronger_teacher_reads_the_prompt_in_its_own_template(models, tmp_pat
     monkeypatch.setattr(vcopd, "completion_hidden", lambda policy, role, batch: (
         seen.append(batch.contexts[0]), scoring(policy, role, batch))[1])
     batch = rollouts(policy, config(models["llama"]))
-    part = vcopd.split_and_ask_reference(policy, batch, config(models["llama"]))[0]
     example = tasks.Example("", "question", "", "the secret")
-    vcopd.ask_teacher(policy, part, [example] * 4, config(models["llama"]))
+    vcopd.score(policy, batch, [example] * 4, torch.zeros(4), config(models["llama"]))
     text = policy.tokenizer.decode(seen[-1])
     assert text.startswith("<|user|>Please: question") and "the secret" in text
 
@@ -1885,7 +1858,7 @@ def test_every_stop_token_is_known_and_sft_teaches_the_end_of_turn(tmp_path):
 def test_a_tokenizer_without_an_end_token_is_refused(tmp_path):
     """No answer could end, and padding would have no id."""
     folder = save_small(tmp_path / "model", tokenizer=small_tokenizer(eos=False))
-    with pytest.raises(vcopd.RunError, match="without an end-of-sequence token"):
+    with pytest.raises(vcopd.RunError, match="no end-of-sequence token"):
         vcopd.load_policy(config(folder), None)
 
 
@@ -1904,9 +1877,9 @@ def test_decoding_does_not_tidy_up_code(models):
 
 
 @pytest.mark.parametrize("kind, why", [
-    ("mixtral", "mixtral, .*layers.0.mlp.*fused experts"), ("mamba", "mamba, .*state spaces"),
-    ("cohere", "cohere, .*logits differ"), ("granite", "granite, .*logits differ"),
-    ("bert", "bert, .*logits differ"), ("t5", "not a causal language model")])
+    ("cohere", "cohere is not supported: .*logits differ"),
+    ("granite", "granite is not supported: .*logits differ"),
+    ("bert", "bert is not supported: .*logits differ"), ("t5", "Unrecognized configuration")])
 def test_an_architecture_that_is_not_supported_is_refused_by_name(kind, why, tmp_path):
     """Before anything is trained wrongly: the start-up check knows what the code relies on."""
     folder = save_small(tmp_path / "model", kind)
@@ -1926,13 +1899,12 @@ def test_weights_that_are_missing_are_not_drawn_at_random(models, tmp_path):
 
 
 @pytest.mark.parametrize("name, why", [
-    ("empty", "the folder holds no config.json"),
-    ("./nowhere/at/all", "there is no such folder, and it is no Hugging Face id")])
+    ("empty", ".*config"), ("./nowhere/at/all", ".*Repo id")])
 def test_a_model_that_is_not_there_is_one_sentence(name, why, tmp_path, monkeypatch):
     """And it says what can be given instead."""
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
-    with pytest.raises(vcopd.RunError, match=f"{name} cannot be loaded: {why}; give tiny"):
+    with pytest.raises(vcopd.RunError, match=f"{name} cannot be used on .*: {why}.*; give"):
         vcopd.load_policy(config(name), None)
 
 
@@ -1941,7 +1913,7 @@ def test_a_damaged_file_is_one_sentence(file, tmp_path):
     """Half a download, say."""
     folder = Path(save_small(tmp_path / "model"))
     (folder / file).write_bytes((folder / file).read_bytes()[:100])
-    with pytest.raises(vcopd.RunError, match=f"{folder} cannot be loaded: .*; give tiny") as error:
+    with pytest.raises(vcopd.RunError, match=f"{folder} cannot be used on .*; give") as error:
         vcopd.load_policy(config(str(folder)), None)
     assert "\n" not in str(error.value)
 
@@ -1952,25 +1924,8 @@ def test_an_unreachable_hub_is_one_line_and_exit_code_2(tmp_path, monkeypatch, c
     cfg = config("owner/name", task="arithmetic", out=str(tmp_path / "run"))
     assert vcopd.main(cfg, False) == 2
     shown = capsys.readouterr().err
-    assert shown.startswith("vcopd.py: owner/name cannot be loaded: ") and shown.count("\n") == 1
-
-
-def test_memory_is_estimated_before_loading_and_refused_only_when_hopeless(models, monkeypatch,
-                                                                            capsys):
-    """The estimate of weights and adapters is exact; that of activations is an upper bound."""
-    cfg = config(models["qwen2"])
-    policy = vcopd.load_policy(cfg, None)
-    _, plan = vcopd.read_plan(models["qwen2"])
-    needed = vcopd.memory_needed(plan, torch.float32, cfg)
-    adapters = vcopd.named_adapters(policy.model)
-    assert needed["adapters and optimiser"] == 4 * sum(4 * p.numel() for p in adapters.values())
-    frozen = [p for name, p in policy.model.named_parameters() if name not in adapters]
-    assert needed["weights"] == sum(4 * p.numel() for p in frozen)
-    monkeypatch.setattr(vcopd, "free_memory", lambda device: sum(needed.values()) / 1.5)
-    vcopd.load_policy(cfg, None)
-    monkeypatch.setattr(vcopd, "free_memory", lambda device: 100_000)
-    with pytest.raises(vcopd.RunError, match="are free: lower --micro-tokens, try --quantize nf4"):
-        vcopd.load_policy(cfg, None)
+    assert shown.startswith("vcopd.py: owner/name cannot be used on --device cpu: ")
+    assert shown.count("\n") == 1
 
 
 # ------------------------------------------------------------------- activations, and NF4
@@ -2048,9 +2003,10 @@ def test_all_roles_work_on_a_quantised_base(models, tmp_path):
     policy = moved_policy(config(models["llama"], quantize="nf4", teacher=str(folder)))
     assert all(isinstance(layer.base, vcopd.NF4Linear)
                for layer in vcopd.lora_layers(policy.model).values())
-    facts = vcopd.environment(policy)
-    plain = vcopd.load_policy(config(models["llama"]), None)
-    assert facts["frozen_parameters"] == vcopd.environment(plain)["frozen_parameters"]
+    plain, packed = (vcopd.load_policy(config(models["llama"], quantize=quantize), None)
+                     for quantize in ("none", "nf4"))
+    assert (vcopd.environment(plain)["frozen_parameters"]
+            == vcopd.environment(packed)["frozen_parameters"])
     roles = [vcopd.BASE, policy.reference, policy.student, ("specialist",)]
     logits = [logits_of(policy, role) for role in roles]
     assert all((one - two).abs().max() > 0.01 for one, two in zip(logits, logits[1:], strict=False))
@@ -2119,14 +2075,6 @@ def test_a_quantised_run_completes_and_its_results_load(monkeypatch, tmp_path):
     assert vcopd.main(cfg, False) == 2  # the folder to merge into is taken
 
 
-@pytest.mark.parametrize("arguments", [["--merge", "F"], ["--steps", "3"], ["--teacher", "none"]])
-def test_what_only_training_needs_is_refused_with_eval_only(arguments, capsys):
-    """An option that would do nothing misleads."""
-    with pytest.raises(SystemExit):
-        vcopd.read_config(["--eval-only", *arguments])
-    assert f"{arguments[0]} does nothing with --eval-only" in capsys.readouterr().err
-
-
 # =============================================================================================
 # Survival: interruption, bad input, several processes
 # =============================================================================================
@@ -2141,11 +2089,16 @@ HERE = Path(vcopd.__file__).parent
 @pytest.fixture(scope="session")
 def base(tmp_path_factory) -> Path:
     """A random model and a tokenizer in a folder, as --model takes it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
     folder, rng = tmp_path_factory.mktemp("base"), random.Random(0)
     texts = [text for _ in range(100) for text in tasks.sum_document(rng)]
     tokenizer = vcopd.train_tokenizer(texts, 280)
-    recipe = {**vcopd.TINY_RECIPE, "hidden": 16, "layers": 1, "heads": 2}
-    vcopd.new_tiny(tokenizer, recipe).save_pretrained(folder)
+    torch.manual_seed(1)
+    ids = dict.fromkeys(("eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
+    LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=42, num_hidden_layers=1,
+        num_attention_heads=2, initializer_range=0.06, max_position_embeddings=1024,
+        tie_word_embeddings=True, bos_token_id=None, **ids)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -2280,26 +2233,6 @@ def test_a_run_killed_while_it_writes_ends_as_if_nothing_had_happened(
     assert not list(out.glob("**/*.new"))
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[:-20], lambda data: b"",
-                                    lambda data: data[:99] + b"\0" + data[100:]])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
-        damage, whole, done, capsys):
-    """A disk may lose what it said was written. Half a state would train on, to a wrong end."""
-    newest = done / "checkpoint" / "00000006.pt"
-    newest.write_bytes(damage(newest.read_bytes()))
-    (done / "report.json").unlink()
-    assert run(["--resume", str(done)]) == 0
-    printed = capsys.readouterr().out
-    assert f"{newest} is damaged" in printed and "resuming after step 4" in printed
-    assert results(done) == results(whole["vcopd"])
-
-
-def test_two_checkpoints_are_kept(done):
-    """One to go on from, and one for when that is damaged; more would fill the disk."""
-    names = [path.name for path in sorted((done / "checkpoint").iterdir())]
-    assert names == ["00000004.pt", "00000006.pt"]
-
-
 def test_a_finished_run_says_so_and_can_be_prolonged(base, whole, done, tmp_path, capsys):
     """--resume in a script's loop must end; 6 steps and 2 more are 8 steps."""
     assert run(["--resume", str(done)]) == 0
@@ -2327,8 +2260,8 @@ def test_a_new_run_destroys_no_other(base, whole, done, capsys):
 
 
 @pytest.mark.parametrize(("where", "nth", "saved"), [
-    ("sample", 1, False), ("evaluate", 1, False), ("train_step", 3, True),
-    ("verify_all", 10, True), ("refresh_replay", 2, True), ("probe", 1, True),
+    ("sample", 1, False), ("evaluate", 1, False), ("score", 3, True),
+    ("verify_all", 10, True), ("refresh_replay", 2, True), ("probe", 2, True),
     ("evaluate", 2, True)])
 def test_ctrl_c_anywhere_leaves_a_run_that_goes_on_to_the_same_end(
         where, nth, saved, base, whole, small, tmp_path, monkeypatch, capsys):
@@ -2357,13 +2290,22 @@ class Pressed:
         return self.function(*args)
 
 
+class Once:
+    """Counts its calls."""
+
+    calls = 0
+
+    def __call__(self, *args) -> None:
+        self.calls += 1
+
+
 def test_a_second_ctrl_c_ends_at_once(base, small, tmp_path, monkeypatch):
     """A step of a large model takes minutes."""
-    monkeypatch.setattr(vcopd, "sample", Pressed(vcopd.sample, 9, times=2))
-    monkeypatch.setattr(vcopd, "probe", None)  # must not come to that
+    monkeypatch.setattr(vcopd, "score", Pressed(vcopd.score, 2, times=2))
+    monkeypatch.setattr(vcopd.Log, "write", once := Once())  # must not come to a second step
     handler = signal.getsignal(signal.SIGINT)
     assert run(options(base, tmp_path / "run", "--eval-every", "1")) == 130
-    assert signal.getsignal(signal.SIGINT) is handler
+    assert signal.getsignal(signal.SIGINT) is handler and once.calls == 1
 
 
 def test_ctrl_c_before_anything_was_begun_does_not_promise_a_resume(
@@ -2424,7 +2366,7 @@ def test_a_comparison_chooses_on_validation_and_gives_each_method_the_same(
     arguments = options(base, tmp_path / "all", "--compare", "--seeds", "2")
     assert run(arguments) == 0
 
-    assert looked == ["validation"] * 9 + ["in_domain"] * 9  # the base is scored once for all
+    assert looked == ["validation"] * 16 + ["in_domain"] * 16  # before and after each run
     columns = columns_of(tmp_path / "all")
     assert list(columns) == ["base", "sft", "rl", "opd", "vcopd"]
     assert all(len(columns[name]) == 2 for name in ("sft", "rl", "opd", "vcopd"))
@@ -2453,7 +2395,7 @@ def test_a_comparison_that_was_cut_short_goes_on(small, base, tmp_path, monkeypa
     whole, cut = (options(base, tmp_path / name, "--ablations", "--seeds", "1")
                   for name in ("whole", "cut"))
     assert run(whole) == 0
-    step, calls = vcopd.train_step, []
+    step, calls = vcopd.score, []
 
     def interrupted(*arguments):
         calls.append(1)
@@ -2461,7 +2403,7 @@ def test_a_comparison_that_was_cut_short_goes_on(small, base, tmp_path, monkeypa
             raise KeyboardInterrupt
         return step(*arguments)
 
-    monkeypatch.setattr(vcopd, "train_step", interrupted)
+    monkeypatch.setattr(vcopd, "score", interrupted)
     assert run(cut) == 130
     assert run(cut) == 0
     assert run([*cut, "--kl-coef", "0.5"]) == 2  # half a run under other options is none
@@ -2472,35 +2414,7 @@ def test_a_comparison_that_was_cut_short_goes_on(small, base, tmp_path, monkeypa
         (tmp_path / "cut" / "vcopd-s0" / name).write_text("{", "utf-8")
         capsys.readouterr()
         assert run(cut) == 2
-        assert "damaged" in one_error(capsys)
-
-
-def test_credit_density_counts_answers_until_a_run_is_as_good_as_rl_was_at_its_end():
-    """RL ends at 0.6 in the mean of its seeds: vcopd is there after step 2, sft never."""
-    cfg = vcopd.Config(prompts=16, rollouts=4)
-    looks = {"rl": [(0.2, 0.4, 0.5), (0.3, 0.6, 0.7)], "vcopd": [(0.5, 0.7, 0.6)],
-             "sft": [(0.1, 0.2, 0.3)]}
-    steps = {name: [[{"step": 1, "eval_pass": a}, {"step": 2, "eval_pass": b}, {"step": 3},
-                     {"step": 4, "eval_pass": c}] for a, b, c in runs]
-             for name, runs in looks.items()}
-    columns = {name: [{} for _ in runs] for name, runs in steps.items()}
-    vcopd.count_rollouts_to_rl(columns, steps, {n: replace(cfg, method=n) for n in steps})
-    assert [run["answers_to_rl"] for run in columns["rl"]] == [None, 2 * 64]
-    assert columns["vcopd"] == [{"answers_to_rl": 2 * 64, "reached_rl": 1.0}]
-    assert columns["sft"] == [{"answers_to_rl": None, "reached_rl": 0.0}]
-    assert vcopd.answers_in_step(replace(cfg, method="sft")) == 16  # it has one answer to each
-
-
-def test_the_table_fits_a_terminal_however_many_methods_it_has(capsys):
-    """Thirteen ablations side by side would wrap into noise."""
-    names = ["base", "vcopd", *(f"variant {i}" for i in range(9))]
-    columns = {name: [{"pass": 0.25}, {"pass": 0.75 if name == "vcopd" else None}]
-               for name in names}
-    vcopd.print_table(columns, {"vcopd": (0.0, 0.0)})
-    lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= 100
-    cells = [cell for line in lines if line.startswith("pass ") for cell in line.split()[1:]]
-    assert cells == ["0.250", "±0.000", "0.500", "±0.250", *["0.250", "±0.000"] * 9]
+        assert "cannot be used" in one_error(capsys)
 
 
 def test_every_ablation_changes_one_choice():
@@ -2508,7 +2422,7 @@ def test_every_ablation_changes_one_choice():
     for name, change in vcopd.ABLATIONS.items():
         assert len(change) == (name != "vcopd")
         for option, value in change.items():
-            arguments = [vcopd.option(option), str(value)]
+            arguments = [vcopd.flag(option), str(value)]
             assert getattr(vcopd.read_config(arguments)[0], option) == value
             assert getattr(vcopd.Config(), option) != value
 
@@ -2518,146 +2432,27 @@ def test_every_ablation_changes_one_choice():
 # =============================================================================================
 
 
-def first_pass(policy: vcopd.Policy, task, cfg: vcopd.Config, monkeypatch) -> dict[int, list]:
-    """What the loss of a real training step is given, by rollout: a row of numbers a token."""
-    found, loss = {}, vcopd.vcopd_loss
-
-    def spy(terms, part, *more):
-        reference = scored(policy, policy.reference, part.batch, cfg.temperature)
-        dense = vcopd.dense_advantage(part.advantage, part.gap, cfg)
-        rows = torch.stack([part.logp_old, part.logp_teacher, reference,
-                            part.logp_teacher - part.logp_old, part.gap, dense], -1)
-        for i, row, mask in zip(part.index.tolist(), rows, part.batch.mask, strict=True):
-            found.setdefault(i, row[mask].tolist())  # of the first epoch
-        return loss(terms, part, *more)
-
-    monkeypatch.setattr(vcopd, "vcopd_loss", spy)
-    vcopd.train_step(policy, task, vcopd.examples_at(task, 0, cfg), fresh_state(policy, cfg), cfg)
-    return found
-
-
-@pytest.mark.parametrize("method", [{}, {"gate": "failure", "gap_clip": 0.1},
-                                    {"method": "opd", **vcopd.METHODS["opd"]}])
-def test_inspect_prints_the_numbers_that_a_training_step_uses(method, toy, monkeypatch, capsys):
-    """A page beside the code that went its own way would explain another algorithm."""
-    cfg = replace(TOY, lr=0.0, micro_tokens=40, **method)
-    policy = tiny_policy(moved=0.3)
-    groups = vcopd.credited(policy, toy, vcopd.examples_at(toy, 0, cfg), cfg)
-    for group in groups:
-        for rollout in group:
-            vcopd.print_rollout(rollout)
-    printed = [[float(number) for number in line[20:].split()]
-               for line in capsys.readouterr().out.splitlines() if line.startswith(("'", '"', "("))]
-    used = first_pass(policy, toy, cfg, monkeypatch)
-    expected = [row for i in range(16) for row in used[i] if abs(row[3]) >= vcopd.FAINT]
-    assert len(expected) > 40
-    for numbers, (*known, gap, clipped, dense) in zip(printed, expected, strict=True):
-        cut = [clipped] if clipped != gap else []  # the column is empty where nothing is cut
-        assert numbers == pytest.approx([*known, gap, *cut, dense], abs=0.006)
-
-
 def inspected(base: Path, *more: str) -> list[str]:
     """A command line that inspects four rollouts."""
     return ["--task", "arithmetic", "--model", str(base), "--inspect", "--prompts", "2",
             "--rollouts", "2", "--max-new-tokens", "6", *more]
 
 
-def test_inspect_trains_nothing_and_writes_nothing(small, base, tmp_path, monkeypatch, capsys):
+def test_inspect_shows_what_a_step_would_credit_and_trains_nothing(
+        small, base, tmp_path, monkeypatch, capsys):
     """To look must be safe, beside a run and in any folder; a pipe gets no colours."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(vcopd, "optimizer_step", None)
     assert run(inspected(base)) == 0
-    printed = capsys.readouterr().out
-    assert not list(tmp_path.iterdir())
-    assert "\x1b" not in printed
-    assert [line.split()[0] for line in printed.splitlines()[-3:]] == ["passed", "failed", "all"]
-
-
-def test_on_a_terminal_colours_show_the_hint_and_bold_the_clip(
-        small, base, monkeypatch, capsys):
-    """Green pushes up, red down; without the codes it is what a pipe gets."""
-    assert run(inspected(base, "--gap-clip", "0.02")) == 0
     plain = capsys.readouterr().out
+    assert not list(tmp_path.iterdir()) and "\x1b" not in plain
+    assert re.search(r"Style is \d+% of the tokens", plain)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    assert run(inspected(base, "--gap-clip", "0.02")) == 0
+    assert run(inspected(base)) == 0
     coloured = capsys.readouterr().out
     assert re.sub(r"\x1b\[[\d;]*m", "", coloured) == plain
-    lines = re.findall(r"\x1b\[(1;)?(\d+)m(.{48}) *([-+]\S+) +(.*)\x1b\[0m", coloured)
-    assert len(lines) == coloured.count("\x1b[0m") > 5
-    for bold, colour, _, gap, rest in lines:
-        assert colour == ("32" if gap[0] == "+" else "31")
-        assert bool(bold) == (len(rest.split()) == 2)  # D clipped, A_dense
-
-
-def test_tokens_without_a_hint_are_counted_on_one_line(capsys):
-    """A person reads the three tokens that matter, not a hundred that do not."""
-    gap = torch.tensor([0.0, 0.009, 0.3, -0.009])
-    rollout = answered("a b", True, ["a", " ", "b", ""], gap)
-    vcopd.print_rollout(rollout)
-    *_, first, hinted, last = capsys.readouterr().out.splitlines()
-    assert first == "… 2 tokens without a hint, up to 'a '"
-    assert hinted.startswith("'b' ") and "+0.30" in hinted
-    assert last == "… 1 token without a hint, up to ''"
-
-
-def answered(answer: str, passed: bool, texts: list[str], gap=None,
-             buggy: str = "return a + b") -> vcopd.Rollout:
-    """An answer where `return a - b` is right."""
-    example = tasks.Example("x", "Repair", "return a - b", "", buggy=buggy)
-    gap = torch.zeros(len(texts)) if gap is None else gap
-    columns = torch.stack([gap] * 4 + [gap.clamp(-0.5, 0.5), gap])
-    verdict = tasks.Verdict(1.0, passed, True, "ok" if passed else "no", {})
-    return vcopd.Rollout(example, answer, verdict, 0.0, 0.5, texts, columns)
-
-
-@pytest.mark.parametrize("texts, passed, expected", [
-    (["return", " a", " -", " b", ""], True, [" -"]),  # the repair
-    (["return", " a", " +", " b", ""], False, [" +"]),  # the bug, left as it was
-    (["return", " a", " *", " b", ""], False, [" *"]),  # a wrong repair
-    (["return", " x", " -", " b", ""], True, [" -"]),  # a new name that changes no verdict
-    (["return", " a", " -", " c", ""], False, [" -", " c"]),  # a new bug
-    (["ret", "urn", " a -", " b", ""], True, [" a -"]),  # tokens cut the text as they like
-    (["return", " a", ""], False, [""])])  # it stops too early
-def test_what_is_at_stake_is_what_the_verdict_turns_on(texts, passed, expected):
-    """What a passed answer writes otherwise than the reference is style; what made one fail, no."""
-    rollout = answered("".join(texts), passed, texts)
-    marks = vcopd.at_stake(rollout, vcopd.contested([rollout]))
-    assert [text for text, mark in zip(texts, marks, strict=True) if mark] == expected
-
-
-def test_without_a_buggy_program_failed_answers_show_what_is_at_stake():
-    """Sums have no program to repair: the places are where an answer of the group went wrong."""
-    right = answered("return a - b", True, ["return", " a", " -", " b", ""], buggy="")
-    wrong = answered("return a / b", False, ["return", " a", " /", " b", ""], buggy="")
-    assert vcopd.contested([right, right]) == set()
-    places = vcopd.contested([right, wrong])
-    assert vcopd.at_stake(right, places).tolist() == [False, False, True, False, False]
-
-
-def test_the_shares_of_style_are_those_on_paper(capsys):
-    """|D| is 3 at the repair and 0.5 + 0.5 elsewhere: style has a quarter, clipped two thirds."""
-    gap = torch.tensor([0.0, 0.5, 3.0, -0.5, 0.0])
-    told = answered("return a - b", True, ["return", " a", " -", " b", ""], gap)
-    untold = answered("return a - b", True, ["return", " a", " -", " b", ""], gap, buggy="")
-    vcopd.print_stakes([[told], [untold]], vcopd.Config())  # nothing is known of the second
-    passed, failed, every = (line.split() for line in capsys.readouterr().out.splitlines()[-3:])
-    assert passed == ["passed", "1", "5", "1", "80.0%", "25.0%", "66.7%"]
-    assert failed == ["failed", "0", "0", "0", "0.0%", "0.0%", "0.0%"]
-    assert every[1:] == passed[1:]
-
-
-def test_an_adapter_is_inspected_as_the_student_of_its_base(small, base, tmp_path, monkeypatch):
-    """As the reference it would be its own teacher, and the column of the base would be lost."""
-    trained = moved_policy(config(str(base)))
-    vcopd.export_adapter(tmp_path / "adapter", trained)
-    seen = []
-    monkeypatch.setattr(vcopd, "credited", lambda policy, *_: seen.append(policy) or [])
-    assert run(inspected(tmp_path / "adapter")) == 0
-    [policy] = seen
-    torch.testing.assert_close(logits_of(policy, policy.student),
-                               logits_of(trained, trained.student), atol=1e-4, rtol=1e-4)
-    for role in (policy.reference, policy.teacher[1]):
-        assert torch.equal(logits_of(policy, role), logits_of(trained, vcopd.BASE))
+    for colour, sign in re.findall(r"\x1b\[(\d+)m.{38} *([-+])", coloured):
+        assert colour == ("32" if sign == "+" else "31")
 
 
 # =============================================================================================
@@ -2667,23 +2462,10 @@ def test_an_adapter_is_inspected_as_the_student_of_its_base(small, base, tmp_pat
 
 def plotted(*runs: Path) -> int:
     """What `python vcopd.py --plot RUNS` does, in this process: its exit code."""
-    return vcopd.plot(vcopd.read_plot(["--plot", *map(str, runs)]))
-
-
-def drawn(*folders: Path) -> dict[str, dict[str, list[tuple]]]:
-    """For each panel, by its title or what lies on x: the points of each name in the legend.
-
-    Dashed lines are under the name and "dashed".
-    """
-    pytest.importorskip("matplotlib")
-    *panels, key = vcopd.figure_of(folders).axes
-    legend = key.get_legend()
-    names = {tuple(handle.get_color()): text.get_text()
-             for handle, text in zip(legend.legend_handles, legend.get_texts(), strict=True)}
-    assert len(names) == len(legend.get_texts())  # no colour twice
-    return {panel.get_title() or panel.get_xlabel(): {
-        names[tuple(line.get_color())] + " dashed" * (line.get_linestyle() == "--"):
-        list(zip(*line.get_data(), strict=True)) for line in panel.lines} for panel in panels}
+    try:
+        return vcopd.plot([*map(str, runs)])
+    except SystemExit as stop:
+        return stop.code
 
 
 def comparison(folder: Path, methods=("base", "sft", "rl")) -> Path:
@@ -2695,50 +2477,6 @@ def comparison(folder: Path, methods=("base", "sft", "rl")) -> Path:
     folder.mkdir()
     (folder / "table.json").write_text(json.dumps({"columns": columns}))
     return folder
-
-
-def test_the_curves_are_the_numbers_of_the_runs(whole, tmp_path):
-    """Line by line what metrics.jsonl holds; SFT has no reward and no KL, so no line there."""
-    folders = [shutil.copytree(kept, tmp_path / name) for name, kept in whole.items()]
-    logs = {folder.name: [json.loads(line) for line in (folder / "metrics.jsonl").open()]
-            for folder in folders}
-    panels = drawn(*folders)
-    columns = ["reward", "pass_rate", "kl", "entropy", "kl_coef"]
-    assert len(panels) == len(columns)
-    for column, (title, lines) in zip(columns, panels.items(), strict=True):
-        assert lines["vcopd"] == [(m["step"], m[column]) for m in logs["vcopd"]]
-        looks = {"vcopd dashed", "sft dashed"} if title.startswith("pass rate") else set()
-        assert lines.keys() == {"vcopd"} | looks
-        for name in looks:
-            assert lines[name] == [(4, logs[name.split()[0]][3]["eval_pass"])]
-
-
-def test_runs_of_one_name_are_told_apart(whole, tmp_path):
-    """vcopd-s0 of two comparisons is what one wants to see side by side; $ begins no formula."""
-    folders = [tmp_path / name / "_run$\\x$" for name in ("old", "new")]
-    for folder, kept in zip(folders, whole.values(), strict=True):
-        shutil.copytree(kept, folder)
-    assert drawn(*folders)["reward"].keys() == {"old/_run$\\x$"}  # the other is SFT
-    assert drawn(folders[0])["reward"].keys() == {"_run$\\x$"}
-    assert plotted(*folders) == 0
-
-
-def test_a_comparison_shows_what_skill_costs(tmp_path):
-    """A point a method and seed, base included: pass@1 of the first split over either cost."""
-    folder = comparison(tmp_path / "all")
-    columns = columns_of(folder)
-    panels = drawn(folder)
-    assert len(panels) == 2
-    for cost, points in zip(("kl_to_base", "general mean"), panels.values(), strict=True):
-        assert points == {method: [(run[cost], run["hard_split pass@1"]) for run in runs]
-                          for method, runs in columns.items()}
-
-
-def test_every_ablation_has_its_own_colour(tmp_path):
-    """There are more of them than colours that are easily told apart; `drawn` counts."""
-    methods = ["base", *vcopd.ABLATIONS, "specialist"]
-    panels = drawn(comparison(tmp_path / "all", methods))
-    assert all(list(points) == methods for points in panels.values())
 
 
 def test_the_picture_is_in_the_first_folder(whole, tmp_path, capsys):
@@ -2770,35 +2508,12 @@ def test_the_command_draws_and_trains_nothing(tmp_path):
     assert {path.name for path in tmp_path.rglob("*")} == {"all", "table.json", "plot.png"}
 
 
-@pytest.mark.parametrize("more", [["--seed", "1"], ["--resume", "run"], ["--compare"],
-                                  ["--task", "arithmetic"]])
-def test_nothing_else_can_be_asked_beside_a_plot(more, capsys):
-    """A plot has no settings, and no run may be expected of the same command."""
-    for arguments in (["--plot", "run", *more], [*more, "--plot", "run"]):
-        with pytest.raises(SystemExit) as stop:
-            vcopd.read_plot(arguments)
-        assert stop.value.code == 2
-        message = one_error(capsys)
-        assert more[0] in message and "leave it out" in message
-    assert vcopd.read_plot(more) == []
-    assert vcopd.read_plot(["--plot", "a", "b", "--plot", "c"]) == ["a", "b", "c"]
-
-
 def test_without_matplotlib_a_sentence_says_how_to_get_it(whole, monkeypatch, capsys):
     """It is an extra: nothing else needs it."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert plotted(whole["vcopd"]) == 2
-    assert one_error(capsys) == "vcopd.py: --plot needs matplotlib: pip install matplotlib"
+    assert "--plot needs matplotlib: pip install matplotlib" in one_error(capsys)
     assert not (whole["vcopd"] / "plot.png").exists()
-
-
-def test_a_comparison_beside_other_folders_is_refused(whole, tmp_path, capsys):
-    """Its points and the curves of a run have no axis in common."""
-    table = comparison(tmp_path / "all")
-    for folders in ([table, whole["sft"]], [whole["sft"], table], [table, table]):
-        assert plotted(*folders) == 2
-        message = one_error(capsys)
-        assert str(table) in message and "only RUN" in message
 
 
 def test_a_folder_that_cannot_be_drawn_is_one_sentence(done, tmp_path, capsys):
@@ -2810,7 +2525,7 @@ def test_a_folder_that_cannot_be_drawn_is_one_sentence(done, tmp_path, capsys):
         assert str(folder) in one_error(capsys)
 
     damages = [(done / "metrics.jsonl", text) for text in (
-        "", "{}", '"step"', "3", '{"step": 1, "kl": null}', '{"step": 1, "kl": 1' + "0" * 400 + "}",
+        '"step"', "3", '{"step": 1, "kl": null}', '{"step": 1, "kl": 1' + "0" * 400 + "}",
         '{"step": 1, "reward": "high"}', '{"step": 1, "kl"', "[" * 99999)]
     damages += [(table / "table.json", text) for text in (
         "", "[]", "{}", '{"columns": []}', '{"columns": {"base": []}}', "[" * 99999,
@@ -2845,7 +2560,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_examples_and_a_saved_state(
     message = one_error(capsys)
     examples = vcopd.examples_at(tasks.TASKS["arithmetic"](), 3, cfg)
     assert "step 4" in message and all(example.id in message for example in examples)
-    assert vcopd.newest_checkpoint(out / "checkpoint")["step"] == saved
+    assert torch.load(out / "checkpoint/state.pt")["step"] == saved
     monkeypatch.setattr(vcopd, "nll_loss", nll_loss)
     assert run(["--resume", str(out)]) == 0
     assert results(out) == results(whole["sft"])
@@ -2882,7 +2597,7 @@ def test_out_of_memory_names_the_knobs_in_order(error, base, small, tmp_path, mo
     def full(*args):
         raise error
 
-    monkeypatch.setattr(vcopd, "train_step", full)
+    monkeypatch.setattr(vcopd, "score", full)
     assert run(options(base, tmp_path / "run")) == 2
     message = one_error(capsys)
     knobs = ["--micro-tokens", "--prompts", "--max-new-tokens", "--rollouts", "--lora-rank"]
@@ -2894,7 +2609,7 @@ def test_out_of_memory_names_the_knobs_in_order(error, base, small, tmp_path, mo
 
 def test_a_defect_is_not_dressed_up_as_a_users_mistake(base, small, tmp_path, monkeypatch):
     """A traceback is the right answer to a bug of ours."""
-    monkeypatch.setattr(vcopd, "train_step", None)
+    monkeypatch.setattr(vcopd, "score", None)
     with pytest.raises(TypeError):
         run(options(base, tmp_path / "run"))
 
@@ -2904,7 +2619,7 @@ def fill_disk(fd: int) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("nth", [1, 7, 11, 13, 27, 31])
+@pytest.mark.parametrize("nth", [1, 4, 6, 8, 15, 20])
 def test_a_full_disk_stops_with_one_sentence_and_loses_nothing(
         nth, base, whole, small, tmp_path, monkeypatch, capsys):
     """In config, first checkpoint, a line of metrics, a later checkpoint, adapter, report."""
@@ -2913,7 +2628,7 @@ def test_a_full_disk_stops_with_one_sentence_and_loses_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", FailingSync(nth, fill_disk))
         assert run(options(base, out)) == 2
-    assert "disk is full" in one_error(capsys)
+    assert "No space left" in one_error(capsys)
     assert not list(out.glob("**/*.new"))
     again = ["--resume", str(out)] if (out / "config.json").exists() else options(base, out)
     assert run(again) == 0
@@ -2934,12 +2649,13 @@ def edit_row(**changes) -> str:
 
 def bad_commands(base: Path, folder: Path) -> list[list[str]]:
     """Command lines of which none can work."""
-    flags = {vcopd.option(f.name): f.metadata for f in vcopd.fields(vcopd.Config)}
-    numbers = [flag for flag, meta in flags.items() if meta["kind"] in (int, float)]
+    flags = {vcopd.flag(f.name): (type(f.default), f.metadata["choices"])
+             for f in vcopd.fields(vcopd.Config) if f.metadata}
+    numbers = [flag for flag, (kind, _) in flags.items() if kind in (int, float)]
     values = ["nan", "inf", "-inf", "-1", "1e999", "", "x", "1_0_", "0x10", "\u0663x", "9" * 5000]
     lines = [[flag, value] for flag in numbers for value in values]
-    lines += [[flag, "no\nsuch"] for flag, meta in flags.items() if meta["choices"]]
-    lines += [[flag] for flag, meta in flags.items() if meta["kind"] is not bool]
+    lines += [[flag, "no\nsuch"] for flag, (_, choices) in flags.items() if choices]
+    lines += [[flag] for flag, (kind, _) in flags.items() if kind is not bool]
     lines += [["--stesp", "3"], ["extra"], ["--unsafe-judge", "yes"], ["--resume"],
               ["--method", "rl", "--teacher-coef", "1"], ["--task", "arithmetic", "--data", "x"]]
     (folder / "file").write_text("x")
@@ -2976,7 +2692,7 @@ def test_a_row_that_nobody_can_pass_stops_the_run_or_is_left_out_and_told(base, 
     assert f'{path} line 2: id "b": its reference must pass' in capsys.readouterr().err
     assert run([*command, "--skip-bad-rows", "--eval-only"]) == 2  # trains nothing: no --data
     assert run([*command, "--skip-bad-rows", "--steps", "1"]) == 0
-    assert "--skip-bad-rows: 1 rows are left out, the first:" in capsys.readouterr().out
+    assert "1 rows work, 1 are left out" in capsys.readouterr().out
 
 
 def test_check_tells_what_one_needs_before_training(base, tmp_path, capsys):
@@ -2985,10 +2701,11 @@ def test_check_tells_what_one_needs_before_training(base, tmp_path, capsys):
                "--max-new-tokens", "6", "--eval-problems", "2", "--rollouts", "2"]
     assert run(command) == 2 and run([*command, "--skip-bad-rows"]) == 0
     told = capsys.readouterr().out
-    for part in (f"{path}: 1 rows pass, 2 are refused", 'line 2: id "b": its reference must pass',
-                 "line 3: expected a JSON object", "1 training problems: the longest prompt takes",
-                 "1 of 1", "in the right format 0% of the time", "it solves 1 never, 0 sometimes"):
-        assert part.replace("1 of 1", "--max-new-tokens 6") in told
+    for part in (f"{path}: 1 rows work, 2 are left out", 'line 2: id "b": its reference must pass',
+                 "line 3: expected a JSON object", "longest prompt, of a, has",
+                 "references are longer than --max-new-tokens 6", "0% of 2 answers are well-formed",
+                 "the base solves 1 never, 0 sometimes"):
+        assert part in told
     assert not (tmp_path / "runs").exists()
 
 
@@ -2998,7 +2715,7 @@ def test_a_prompt_or_reference_that_does_not_fit_is_told_by_its_id(base, tmp_pat
     command = [*options(base, tmp_path / "run", "--task", "codeedit"), "--data", str(path)]
     assert run(command) == 2
     told = capsys.readouterr()
-    assert "example far: its prompt takes" in told.err and "--max-new-tokens" in told.err
+    assert "longest prompt, of far, has" in told.err and "--max-new-tokens" in told.err
     path = edits_file(tmp_path, edit_row())
     assert run([*command, "--steps", "1"]) == 0
     assert "references are longer than --max-new-tokens 6; the longest, " in capsys.readouterr().out
@@ -3049,9 +2766,8 @@ def test_a_file_in_place_of_a_folder_and_a_folder_in_place_of_a_file(
     """Permissions would do the same, but root has them all."""
     (tmp_path / "file").write_text("x")
     (tmp_path / "run/metrics.jsonl").mkdir(parents=True)
-    (tmp_path / "saved/checkpoint").mkdir(parents=True)
     for more in (["--out", str(tmp_path / "file")], ["--out", str(tmp_path / "file/run")],
-                 ["--out", str(tmp_path / "run")], ["--out", str(tmp_path / "saved")],
+                 ["--out", str(tmp_path / "run")],
                  ["--task", "codeedit", "--data", str(tmp_path)],
                  ["--task", "codeedit", "--eval-data", str(tmp_path / "none")],
                  ["--benchmark", str(tmp_path / "file")]):
@@ -3098,7 +2814,8 @@ def test_a_damaged_run_folder_is_one_sentence(done, capsys):
     configs += [json.dumps({**config, "lr": math.nan}).encode()]
     damages = [("config.json", data) for data in configs]
     damages += [("metrics.jsonl", data) for data in (b"", b"{}\n", b"\xff\n", b"[" * 99999 + b"\n")]
-    damages += [("checkpoint/00000006.pt", wrapped({})), ("checkpoint/00000006.pt", wrapped([]))]
+    whole = (out / "checkpoint/state.pt").read_bytes()
+    damages += [("checkpoint/state.pt", data) for data in (whole[:-20], b"", b"{}")]
     for name, data in damages:
         kept = (out / name).read_bytes()
         (out / name).write_bytes(data)
@@ -3108,20 +2825,13 @@ def test_a_damaged_run_folder_is_one_sentence(done, capsys):
     assert run(["--resume", str(out)]) == 0  # all of it could be mended
 
 
-def wrapped(value) -> bytes:
-    """A checkpoint file of something else, with the right checksum."""
-    buffer = vcopd.io.BytesIO()
-    torch.save(value, buffer)
-    return vcopd.hashlib.sha256(buffer.getvalue()).digest() + buffer.getvalue()
-
-
 def test_a_checkpoint_of_another_model_is_refused(done, capsys):
     """Adapters of the same names and other sizes must not be loaded in part."""
     (done / "report.json").unlink()
     config = json.loads((done / "config.json").read_text("utf-8"))
     (done / "config.json").write_text(json.dumps({**config, "lora_rank": 3}))
     assert run(["--resume", str(done)]) == 2
-    assert "another model" in one_error(capsys)
+    assert "cannot be used" in one_error(capsys)
 
 
 def test_random_bytes_in_any_input_never_end_in_a_traceback(base, small, tmp_path, capsys):
@@ -3145,13 +2855,11 @@ def test_random_bytes_in_any_input_never_end_in_a_traceback(base, small, tmp_pat
 
 
 @pytest.mark.parametrize("arguments", [["--lr", "nan"], ["--resume", "/no/such/run"]])
-def test_usage_errors_answer_at_once_in_a_real_process(arguments):
-    """Before the imports that take seconds."""
-    started = time.perf_counter()
+def test_usage_errors_are_one_line_in_a_real_process(arguments):
+    """Nothing of it is lost in what the libraries print."""
     done = subprocess.run([sys.executable, HERE / "vcopd.py", *arguments], capture_output=True,
-                          text=True, timeout=30)
+                          text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert time.perf_counter() - started < 3  # a second where nothing else runs
 
 
 # =============================================================================================
@@ -3177,53 +2885,13 @@ def on_two_ranks(meeting: Path, function, *args) -> None:
     assert os.waitpid(first, 0)[1] == 0
 
 
-def rollouts_of(policy: vcopd.Policy, cfg: vcopd.Config) -> tuple[vcopd.Batch, torch.Tensor]:
-    """The rollouts of a whole step, and made-up advantages."""
-    prompts = [policy.encode(f"Work out {i} + {i}.") for i in range(cfg.prompts)]
-    batch = vcopd.sample(policy, policy.student, prompts, cfg.rollouts, cfg, vcopd.seeded("t"))
-    return batch, torch.linspace(-1, 1, len(batch.contexts))
-
-
-def one_update(cfg: vcopd.Config, out: Path) -> None:
-    """Two epochs on this rank's share of the prompts, with replay; rank 0 saves what came out."""
-    policy = vcopd.load_policy(cfg, tasks.arithmetic())
-    batch, advantage = rollouts_of(policy, cfg)
-    optimizer = torch.optim.SGD(vcopd.adapter_parameters(policy.model, "policy"), lr=1.0)
-    state = vcopd.State(optimizer, 0.5, replay=batch)
-    rows = vcopd.mine(torch.arange(len(batch.contexts)).view(-1, cfg.rollouts)).flatten()
-    parts = vcopd.split_and_ask_reference(policy, batch.rows(rows), cfg)
-    for part in parts:
-        part.advantage = advantage[rows][part.index]
-    for epoch in range(2):
-        replay = vcopd.draw_replay(state, len(rows), epoch, cfg)
-        info = vcopd.update(policy, parts, replay, state, cfg)
-    weights = {n: p.detach() for n, p in vcopd.named_adapters(policy.model).items()}
-    torch.save((weights, info), out / f"{vcopd.world()}-{vcopd.rank()}.pt")
-
-
-def test_two_ranks_make_the_update_of_one_process(base, tmp_path):
-    """2 ranks x 3 prompts and 1 rank x 6 prompts, on the same rollouts of unequal lengths: the
-    token count that divides, the gradient, the clipping norm and all that is logged must agree.
-    """
-    cfg, _ = vcopd.read_config(options(base, tmp_path, "--prompts", "6", "--max-new-tokens", "12",
-                                       "--replay-share", "0.3", "--micro-tokens", "60"))
-    one_update(cfg, tmp_path)
-    on_two_ranks(tmp_path / "meeting", one_update, cfg, tmp_path)
-    weights, info = torch.load(tmp_path / "1-0.pt")
-    assert sum(weight.abs().sum() for weight in weights.values()) > 0
-    for number in range(2):
-        weights_rank, info_rank = torch.load(tmp_path / f"2-{number}.pt")
-        torch.testing.assert_close(weights_rank, weights, atol=1e-6, rtol=1e-5)
-        assert info_rank == pytest.approx(info, rel=1e-4, abs=1e-6)
-
-
 def whole_run(arguments: list[str], out: Path) -> None:
     """A run as one rank; what must be the same everywhere is kept."""
     cfg, resuming = vcopd.read_config(arguments)
     loaded, load_policy = [], vcopd.load_policy
     vcopd.load_policy = lambda *args: loaded.append(load_policy(*args)) or loaded[-1]
-    vcopd.run(cfg, Path(cfg.out), resuming, vcopd.load_task(cfg), {})
-    weights = {n: p.detach() for n, p in vcopd.named_adapters(loaded[0].model).items()}
+    vcopd.run(cfg, resuming, vcopd.load_task(cfg)[0])
+    weights = adapter_weights(loaded[0].model)
     torch.save(weights, out / f"weights-{vcopd.rank()}.pt")
 
 
@@ -3242,14 +2910,13 @@ def test_a_run_on_two_ranks_writes_once_keeps_equal_weights_and_resumes(
     assert method == "sft" or all(line["reward"] in (-1, -0.5, 0, 0.5, 1) for line in lines)
     kept = results(out)
     (out / "report.json").unlink()
-    (out / "checkpoint/00000006.pt").unlink()
     on_two_ranks(tmp_path / "meet again", whole_run, ["--resume", str(out)], tmp_path)
     assert results(out) == kept
 
 
 @pytest.mark.parametrize(("more", "said"), [
-    (["--prompts", "3"], "cannot be shared by 2 processes"),
-    (["--device", "cuda:1"], "give cuda or cpu")])
+    (["--prompts", "3"], "--prompts 3 must be a multiple"),
+    (["--device", "cuda:1"], "cuda or cpu")])
 def test_what_two_processes_cannot_share_is_told_before_they_meet(
         more, said, base, tmp_path, monkeypatch, capsys):
     """Unequal shares would weigh some prompts more; one device cannot be two."""
@@ -3999,8 +3666,6 @@ KEPT_ONLY_FOR_SHOW = {
     "decorated": gamed("@repr\ndef old():", DEEPER + "\n    return start + sum(items)"),
     "the old one below, renamed": f"{REWRITE}\n\n{BUGGY.replace('total', 'old')}",
     "the old one above": f"{BUGGY}\n\n{REWRITE}",
-    "in a comment": gamed("return start + sum(items)", textwrap.indent(OLD, "# ", bool)),
-    "in a string": gamed('"""', OLD + '\n    """\n    return start + sum(items)'),
     "an idle name": gamed("x = [i for i in items]\nreturn [start + sum(items), x][0]"),
 }
 
@@ -4052,8 +3717,6 @@ def test_a_long_literal_is_charged_by_its_words(literal):
     answer = gamed(f"x = {literal}", FIXED[FIXED.index("    result"):])
     found = tasks.verify_edit(sum_problem(), answer)
     assert found.passed and found.metrics["nel"] > 0.15
-    branches = len(re.findall(r"\b(if|for|and)\b", literal))
-    assert found.metrics["acc"] >= min(1, branches / 3)
 
 
 def test_calling_what_the_buggy_source_calls_is_no_crime():
@@ -4061,8 +3724,9 @@ def test_calling_what_the_buggy_source_calls_is_no_crime():
     buggy = "import re\ndef f(s):\n    s = s + '-'\n    return eval(s)\n"
     example = tasks.edit_example("x", buggy, buggy.replace("'-'", "''"), "f", ((("1",), 1),))
     assert tasks.verify_edit(example, buggy.replace("+ '-'", "* 1")).passed
-    assert tasks.hiding_word(buggy + "re.compile('a')", example) == ""
-    assert tasks.hiding_word(buggy + "compile('a')", example) == "compile"
+    for call, refused in (("re.compile('a')", False), ("compile('a', 'b', 'eval')", True)):
+        answer = buggy.replace("+ '-'", "* 1").replace("    return", f"    {call}\n    return")
+        assert tasks.verify_edit(example, answer).reason.startswith("gate: ") == refused
 
 
 # Values of other kinds, limits
@@ -4124,18 +3788,16 @@ def test_a_server_that_dies_is_replaced_and_the_job_done_again():
 
 def test_a_server_that_dies_twice_means_failure_not_none(monkeypatch):
     """Nothing but values earns a pass, and no job is skipped."""
-    real = tasks.exchange
+    real = tasks.Server.run
 
-    def lethal(ours, message, deadline):
-        if b"candidate" in message:
-            for server in servers:
-                os.killpg(server.process.pid, signal.SIGKILL) if server.process else None
-        return real(ours, message, deadline)
+    def lethal(server, job, *more):
+        if b"candidate" in job:
+            os.killpg(server.process.pid, signal.SIGKILL)
+        return real(server, job, *more)
 
     assert verdict(HONEST) == ""
-    servers = list(tasks.pool().queue)
     with monkeypatch.context() as patch:
-        patch.setattr(tasks, "exchange", lethal)
+        patch.setattr(tasks.Server, "run", lethal)
         assert verdict(HONEST) == "judge failure"
     assert verdict(HONEST) == ""
 
@@ -4249,10 +3911,9 @@ def test_references_pass_silence_fails_and_no_split_shares_a_problem(name):
 def test_there_are_enough_families_and_bugs_and_the_unseen_ones_are_others():
     """Names alone could hide a copy: the programs differ too, when names do not count."""
     seen, unseen = (tasks.read_families(text) for text in (tasks.FAMILIES, tasks.FAMILIES_UNSEEN))
-    bodies = [re.sub(r"\w+", "", family.source.split('"""')[-1]) + family.name
-              for family in seen + unseen]
-    assert (len(seen), len(unseen)) >= (40, 12)
-    assert len({family.name for family in seen + unseen}) == len(bodies) == len(set(bodies))
+    bodies = [re.sub(r"\w+", "", source.split('"""')[-1]) + name for name, source in seen + unseen]
+    assert (len(seen), len(unseen)) >= (28, 8)
+    assert len({name for name, _ in seen + unseen}) == len(bodies) == len(set(bodies))
     assert len(tasks.OPERATORS) >= 12
     assert not tasks.OPERATORS.keys() & tasks.OPERATORS_UNSEEN.keys()
 
@@ -4260,8 +3921,7 @@ def test_there_are_enough_families_and_bugs_and_the_unseen_ones_are_others():
 def test_every_family_and_every_bug_is_in_the_training_problems(edits):
     """A family whose bugs no test sees would never be drawn, in silence."""
     drawn = [example.id.split("/") for example in edits.train]
-    families = {family.name for family in tasks.read_families(tasks.FAMILIES)}
-    assert {family for family, _, _ in drawn} == families
+    assert {family for family, _, _ in drawn} == {n for n, _ in tasks.read_families(tasks.FAMILIES)}
     assert {bug for _, bug, _ in drawn} == set(tasks.OPERATORS)
 
 
@@ -4291,8 +3951,9 @@ def test_no_program_of_one_split_is_in_another(edits):
 def test_tests_fail_every_bug_that_is_one_step_away_and_every_constant(edits):
     """Else a wrong answer is paid. Inputs drawn anew decide which bugs change anything."""
     rng = random.Random(1)
-    kinds = {family.name: family.kinds for text in (tasks.FAMILIES, tasks.FAMILIES_UNSEEN)
-             for family in tasks.read_families(text)}
+    kinds = {name: [a.arg for a in ast.parse(source).body[0].args.args]
+             for text in (tasks.FAMILIES, tasks.FAMILIES_UNSEEN)
+             for name, source in tasks.read_families(text)}
     for example in rng.sample(edits.train + edits.evals["out_of_domain"], 60):
         calls, wanted = zip(*((args, repr(want)) for args, want in example.tests), strict=True)
         assert len(set(wanted)) > 1, example.id
@@ -4459,12 +4120,12 @@ def test_words_of_broken_code_still_count():
     assert tasks.code_tokens("'''never closed + 1") == ["'", "'", "'", "never", "closed", "+", "1"]
 
 
-@pytest.mark.parametrize("a, b, changed", [
-    ("a\nb\nc", "a\nb\nc", 0), ("a\nb\nc", "a\nX\nY\nc", 2), ("a\nb\nc", "a\nc", 1),
-    ("a", "a ", 1), ("a\nb", "a\n\nb", 1), ("a\nb\nc\nd", "a\nX\nY\nZ", 3)])
-def test_changed_lines_on_paper(a, b, changed):
-    assert tasks.changed_lines(a, b) == changed
-    assert tasks.changed_lines(b, a) == changed
+@pytest.mark.parametrize("old, new, lines", [
+    ("+= item", "+= item", 0), ("result += item", "x = item\n        result += x", 1),
+    ("    return", "\n    return", 1), ("start\n", "start \n", 1)])
+def test_lines_count_as_in_the_shortest_diff(old, new, lines):
+    found = tasks.edit_metrics(FIXED.replace(old, new), BUGGY, FIXED)
+    assert found["ulr"] == pytest.approx(lines / 6)
 
 
 # =============================================================================================
