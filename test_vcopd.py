@@ -2261,7 +2261,7 @@ def test_a_new_run_destroys_no_other(base, whole, done, capsys):
 
 @pytest.mark.parametrize(("where", "nth", "saved"), [
     ("sample", 1, False), ("evaluate", 1, False), ("score", 3, True),
-    ("verify_all", 10, True), ("refresh_replay", 2, True), ("probe", 2, True),
+    ("verify_all", 10, True), ("refresh_replay", 2, True), ("probe", 1, True),
     ("evaluate", 2, True)])
 def test_ctrl_c_anywhere_leaves_a_run_that_goes_on_to_the_same_end(
         where, nth, saved, base, whole, small, tmp_path, monkeypatch, capsys):
@@ -2577,8 +2577,8 @@ def test_kl_far_over_budget_and_tied_groups_are_told_after_patience():
     [warning] = vcopd.warnings_of([strayed] * count, cfg)
     assert "KL" in warning and "--lr" in warning
     [warning] = vcopd.warnings_of([tied] * count, cfg)
-    assert "too easy or too hard" in warning
-    assert vcopd.warnings_of([tied] * count, replace(cfg, method="opd")) == set()
+    assert "easier or harder problems" in warning
+    assert vcopd.warnings_of([tied] * count, replace(cfg, blind=True)) == set()
     assert vcopd.warnings_of([{"nll": 1.0}] * count, replace(cfg, method="sft")) == set()
 
 
@@ -2813,7 +2813,7 @@ def test_a_damaged_run_folder_is_one_sentence(done, capsys):
         configs.append(json.dumps({k: v for k, v in config.items() if k != name}).encode())
     configs += [json.dumps({**config, "lr": math.nan}).encode()]
     damages = [("config.json", data) for data in configs]
-    damages += [("metrics.jsonl", data) for data in (b"", b"{}\n", b"\xff\n", b"[" * 99999 + b"\n")]
+    damages += [("metrics.jsonl", data) for data in (b"", b"{}\n", b"\xff\n")]
     whole = (out / "checkpoint/state.pt").read_bytes()
     damages += [("checkpoint/state.pt", data) for data in (whole[:-20], b"", b"{}")]
     for name, data in damages:

@@ -43,7 +43,8 @@ Where this differs from the essay (Marvin B. Freedman, 2026), as marked by `diff
 
     1. KL is held to the model after Step 1, else the guard fights the format just learnt.
     2. Replay is plain NLL without a PPO ratio: its pi_old is many steps old.
-    3. A group of equal rewards gets A = 0 exactly, decided on max - min. Hints still act there.
+    3. A group of equal rewards gets A = 0 exactly, decided on max - min. Hints act there,
+       but for the gate `success`.
     4. Log-probs of every role are tempered as sampling is: ratio, gap and KL speak of one policy.
     5. The reward's three penalties are held in [0, 1] each, so no pass is below a fail (tasks.py).
 """
@@ -473,7 +474,7 @@ def has_teacher(cfg: Config) -> bool:
 
 
 def log_probs(policy: Policy, role: Role, batch: Batch, temperature: float) -> Tensor:
-    """log pi(a_t|s_t) of the batch's tokens under a role: (B, T), with gradient."""
+    """log pi(a_t|s_t) of the batch's tokens under a role: (B, T). Has a gradient if that is on."""
     hidden = completion_hidden(policy, role, batch)
     return on_tokens(policy, token_logps, temperature, batch, hidden)
 
@@ -1114,7 +1115,8 @@ def saved_config(folder: str, said: dict) -> Config:
                 and value != getattr(saved, name)):
             usage_error(f"{flag(name)} {value} would break the continuation of a run with "
                         f"{getattr(saved, name)}: leave it out, or start a new run")
-    if (Path(folder) / "report.json").exists() and said.get("steps", 0) <= saved.steps:
+    done = (Path(folder) / "report.json").exists() and "merge" not in said
+    if done and said.get("steps", 0) <= saved.steps:
         print(f"The run in {folder} is finished: read report.json there, or train longer with "
               f"--resume {folder} --steps N, N above {saved.steps}")
         sys.exit(0)
@@ -1127,9 +1129,7 @@ def saved_config(folder: str, said: dict) -> Config:
 #
 # #############################################################################################
 
-# =============================================================================================
-# The built-in model: a small Llama that is pretrained on the spot
-# =============================================================================================
+# The built-in model: a small Llama that is pretrained on the spot ============================
 
 TINY_RECIPE = {"vocab": 768, "hidden": 128, "layers": 4, "heads": 4, "init": 0.06,
                "documents": 12000, "steps": 700, "batch_tokens": 3200, "micro_tokens": 1024,
@@ -1149,20 +1149,18 @@ def build_tiny(task: tasks.Task) -> Path:
     if (folder / "config.json").exists():
         return folder
     print(f"Building the model tiny for {task.name}: a few minutes, once.", flush=True)
-    aside = folder.with_name(f"{folder.name}.{os.getpid()}")  # an interrupted build leaves no model
     try:
-        aside.mkdir(parents=True)
-        documents += [tasks.web_document(task, rng) for _ in range(500, recipe["documents"])]
-        policy = pretrain(documents, recipe)
-        policy.model.save_pretrained(aside)
-        policy.tokenizer.save_pretrained(aside)
-        aside.rename(folder)
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache, ignore_cleanup_errors=True) as aside:
+            documents += [tasks.web_document(task, rng) for _ in range(500, recipe["documents"])]
+            policy = pretrain(documents, recipe)
+            policy.model.save_pretrained(aside)
+            policy.tokenizer.save_pretrained(aside)
+            os.rename(aside, folder)  # at the end: an interrupted build leaves no model
     except OSError as error:
         if not (folder / "config.json").exists():  # else another process was first
             raise RunError(f"the cache {cache} cannot hold the model tiny ({error}): name another "
                            "folder in XDG_CACHE_HOME") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return folder
 
 
@@ -1216,9 +1214,7 @@ def progress(items, what: str):
     return tqdm(items, what, file=sys.stdout, mininterval=1, disable=None, leave=False)
 
 
-# =============================================================================================
-# Real models: any causal LM, as student or as teacher, and adapters in PEFT's format
-# =============================================================================================
+# Real models: any causal LM, as student or as teacher, and adapters in PEFT's format =========
 
 RECOMPUTE_FROM = 300_000_000  # parameters: in larger models memory is dearer than time
 
@@ -1232,16 +1228,15 @@ def load_policy(cfg: Config, task: tasks.Task | None) -> Policy:
         load_adapter(policy.model, "start", Path(name))
         policy.reference = ("start",)
     add_adapter(policy.model, "policy", cfg.lora_rank, cfg.lora_alpha, cfg.seed)
-    if cfg.teacher == "self" or not has_teacher(cfg):
-        return policy
-    if is_adapter(cfg.teacher):
+    if has_teacher(cfg) and is_adapter(cfg.teacher):
         load_adapter(policy.model, "specialist", Path(cfg.teacher))
-        return replace(policy, specialist=True)
-    stronger = load_frozen(cfg.teacher, cfg)
-    if stronger.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
-        raise RunError(f"--teacher {cfg.teacher} has another tokenizer than the student: it must "
-                       "know every token by the same id, so give a model of the same family")
-    return replace(policy, stronger=stronger)
+        policy.specialist = True
+    elif has_teacher(cfg) and cfg.teacher != "self":
+        policy.stronger = load_frozen(cfg.teacher, cfg)
+        if policy.stronger.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
+            raise RunError(f"--teacher {cfg.teacher} has another tokenizer than the student, and "
+                           "must know every token by the same id: give one of the same family")
+    return policy
 
 
 def load_frozen(name: str, cfg: Config) -> Policy:
@@ -1275,8 +1270,9 @@ def load_frozen(name: str, cfg: Config) -> Policy:
         self_check(policy)
     except Exception as error:  # of any kind, where a file is damaged
         why = (str(error) or repr(error)).splitlines()[0].rstrip(".")
-        raise RunError(f"{name} cannot be used on --device {place}: {why}; give tiny, a folder, or "
-                       "a Hugging Face id that is cached or reachable") from None
+        raise RunError(f"{name} cannot be used on --device {place}: {why}; give a folder or a "
+                       "Hugging Face id that is whole and reachable, or tiny (if it is damaged, "
+                       "delete its folder: it is built again)") from None
     return policy
 
 
@@ -1472,9 +1468,7 @@ def export_merged(folder: Path, policy: Policy) -> None:
     policy.tokenizer.save_pretrained(folder)
 
 
-# =============================================================================================
-# Evaluation and verdict. It draws from its own generators: training never notices
-# =============================================================================================
+# Evaluation and verdict. It draws from its own generators: training never notices ============
 
 SLICE = 256  # answers that are sampled at one time
 PASS_K = 4  # k of pass@k: a constant, so that runs with other --rollouts can be compared
@@ -1508,16 +1502,15 @@ def greedy_verdicts(policy: Policy, role: Role, examples: list, verify,
     return verify_all(verify, examples, answers_to(policy, role, examples, 1, 0.0, cfg)[1])
 
 
-def probe(policy: Policy, task: tasks.Task, cfg: Config, role: Role | None = None,
-          what: str = "passed") -> float:
-    """The share of greedy answers to a few validation problems that pass, or are `formatted`.
+def few(task: tasks.Task, cfg: Config) -> list[tasks.Example]:
+    """Validation problems for a look that steers a run: it sees no problem of the report."""
+    return task.validation[0][:min(64, cfg.eval_problems)]
 
-    What steers a run sees no test problem. The role is the student's unless given.
-    """
-    problems = task.validation[0][:cfg.eval_problems][:64]
-    role = policy.student if role is None else role
-    verdicts = greedy_verdicts(policy, role, problems, task.verify, cfg)
-    return mean(getattr(verdict, what) for verdict in verdicts)
+
+def probe(policy: Policy, task: tasks.Task, cfg: Config) -> float:
+    """The student's greedy pass rate on a few validation problems, while training runs."""
+    verdicts = greedy_verdicts(policy, policy.student, few(task, cfg), task.verify, cfg)
+    return mean(verdict.passed for verdict in verdicts)
 
 
 @torch.no_grad()
@@ -1593,7 +1586,7 @@ def paired_bootstrap(before: list[int], after: list[int]) -> tuple[float, float]
     return float(low), float(high)
 
 
-def judge_run(before: dict, after: dict, edit_metrics: Role, cfg: Config) -> dict:
+def judge_run(before: dict, after: dict, edit_metrics: tuple, cfg: Config) -> dict:
     """Improved only if every condition of the essay holds. Each shows its numbers."""
     old, new = first_split(before), first_split(after)
     low, high = paired_bootstrap(old["passes"], new["passes"])
@@ -1618,9 +1611,7 @@ def judge_run(before: dict, after: dict, edit_metrics: Role, cfg: Config) -> dic
                            for name, (holds, numbers) in found.items()}}
 
 
-# =============================================================================================
-# The run folder: config.json, metrics.jsonl, samples.jsonl, checkpoint/, adapter/, report.json
-# =============================================================================================
+# The run folder: config, metrics, samples, checkpoint, adapter, report; and the log ==========
 
 
 @contextlib.contextmanager
@@ -1628,6 +1619,8 @@ def reading(path: Path, advice: str):
     """Where something is missing, damaged or foreign, raise RunError instead of what it raises."""
     try:
         yield
+    except RunError:
+        raise
     except Exception as error:  # of any kind, where a file is damaged
         raise RunError(f"{path} cannot be used ({error!r}): {advice}") from None
 
@@ -1666,18 +1659,18 @@ def append_jsonl(path: Path, records: list[dict]) -> None:
 
 
 def save_checkpoint(folder: Path, policy: Policy, state: State) -> None:
-    """All that training changes, in one file. Generators have no state to save: see `seeded`."""
-    weights = policy.model.state_dict()
-    buffer = io.BytesIO()
+    """All that training changes, and how long the .jsonl files are. Generators have no state."""
+    weights, buffer = policy.model.state_dict(), io.BytesIO()
     torch.save({**vars(state), "replay": state.replay and vars(state.replay),
                 "optimizer": state.optimizer.state_dict(), "reference": policy.reference,
-                "adapters": {name: w for name, w in weights.items() if ".lora_" in name}}, buffer)
+                "adapters": {name: w for name, w in weights.items() if ".lora_" in name},
+                "sizes": {p.name: p.stat().st_size for p in folder.parent.glob("*.jsonl")}}, buffer)
     folder.mkdir(exist_ok=True)
     write_atomic(folder / "state.pt", buffer.getvalue())
 
 
-def load_checkpoint(folder: Path, policy: Policy, state: State, cfg: Config) -> None:
-    """Put the saved state back. Raises RunError when it is damaged, or of another model."""
+def load_checkpoint(folder: Path, policy: Policy, state: State, cfg: Config) -> dict[str, int]:
+    """Put the saved state back; returns the sizes for `rewind`. Raises RunError."""
     with reading(folder, "resume with what the run was started with, or start a new one"):
         saved = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         if "format" in saved["reference"]:
@@ -1693,6 +1686,7 @@ def load_checkpoint(folder: Path, policy: Policy, state: State, cfg: Config) -> 
             saved["replay"][name].to(policy.device) for name in ("completion", "mask")))
     if state.step > cfg.steps:
         raise RunError(f"--steps {cfg.steps} is over: step {state.step} is saved, give at least it")
+    return saved["sizes"]
 
 
 def holds_run(out: Path, cfg: Config) -> bool:
@@ -1701,22 +1695,19 @@ def holds_run(out: Path, cfg: Config) -> bool:
         return False
     with reading(out / "config.json", "give another --out, or delete the folder"):
         if {**json.loads((out / "config.json").read_text("utf-8")), "out": cfg.out} != asdict(cfg):
-            raise ValueError("a run with other options")
+            raise RunError(f"{out} holds a run of other options: give another --out, or delete it")
     return True
 
 
-def rewind(out: Path, step: int, cfg: Config) -> None:
-    """The run folder as it was after a step. Raises RunError when its metrics are damaged."""
+def rewind(out: Path, sizes: dict[str, int], cfg: Config) -> None:
+    """The run folder as it was when its files had these sizes. Raises RunError."""
     (out / "report.json").unlink(missing_ok=True)
     write_json(out / "config.json", asdict(cfg))
-    for path in (out / "samples.jsonl", out / "metrics.jsonl"):
-        with reading(path, "start a new run with another --out"):
-            lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-            whole = [line for line in lines if line.endswith(b"\n")]  # a kill cut the last
-            kept = [line for line in whole if json.loads(line)["step"] <= step]
-            if path.stem == "metrics" and len(kept) != step:
-                raise ValueError(f"{len(kept)} steps, and the checkpoint is of step {step}")
-        write_atomic(path, b"".join(kept))
+    for name, size in sizes.items():
+        with open(out / name, "ab") as file:
+            if file.tell() < size:
+                raise RunError(f"{out / name} lacks steps of the checkpoint: start a new run")
+            file.truncate(size)
 
 
 class StopRequest:
@@ -1776,16 +1767,13 @@ def warnings_of(recent: list[dict], cfg: Config) -> set[str]:
     if full and min(m.get("kl", 0.0) for m in recent) > 3 * cfg.kl_budget:
         found.add(f"KL has been over 3 times --kl-budget for {PATIENCE} steps: the model forgets. "
                   "Start anew with a lower --lr, a higher --kl-coef or fewer --steps")
-    if full and cfg.method != "opd" and min(m.get("tied_rollouts", 0.0) for m in recent) == 1:
-        found.add(f"in {PATIENCE} steps no group of rollouts had a better and a worse answer: the "
-                  "task is too easy or too hard: take other problems, more --rollouts, a higher "
-                  "--temperature")
+    if full and not cfg.blind and min(m.get("tied_rollouts", 0.0) for m in recent) == 1:
+        found.add(f"no group has had a better and a worse answer for {PATIENCE} steps: take easier "
+                  "or harder problems, more --rollouts, a higher --temperature")
     return found
 
 
-# =============================================================================================
-# A whole run, and what the terminal shows of it
-# =============================================================================================
+# A whole run, and what the terminal shows of it ==============================================
 
 
 def load_task(cfg: Config) -> tuple[tasks.Task, int]:
@@ -1814,22 +1802,22 @@ def load_task(cfg: Config) -> tuple[tasks.Task, int]:
 
 
 def fit_task(policy: Policy, task: tasks.Task, cfg: Config) -> tasks.Task:
-    """The task without examples whose prompt and answer are more than the model reads.
+    """The task, where prompt and answer fit what the model reads. Tells of too long references.
 
-    They raise RunError, or are left out with --skip-bad-rows. References that are longer than an
-    answer may be are told.
+    Raises RunError for a row that does not fit, or leaves it out with --skip-bad-rows.
     """
     limit = min(getattr(reader.model.config, "max_position_embeddings", None) or math.inf
                 for reader in (policy, policy.teacher[0]))
-    parts = {**({} if cfg.eval_only else {"train": task.train}), **task.evals}
-    rows = [example for examples in parts.values() for example in examples]
+    rows = [example for part in (task.train, *task.evals.values()) for example in part]
     sizes = solution_batch(policy, rows).mask.sum(1).tolist()
     if cfg.check or max(sizes) > cfg.max_new_tokens:
         print(f"{sum(size > cfg.max_new_tokens for size in sizes)} of {len(rows)} references are "
               f"longer than --max-new-tokens {cfg.max_new_tokens}; the longest, of "
               f"{rows[np.argmax(sizes)].id}, has {max(sizes)} tokens")
+    parts = {"train": task.train, "validation": task.validation[0]} if not cfg.eval_only else {}
+    parts |= {**task.evals, **({"benchmark": task.benchmark} if task.benchmark else {})}
     for split, examples in parts.items():
-        hinted = split != "train" or has_teacher(cfg)  # evaluation reads the hint, too
+        hinted = split in task.evals or split == "train" and has_teacher(cfg)
         sizes = [max(len(policy.encode(prompt)) for prompt in
                      (e.prompt, tasks.privileged_prompt(e))[:1 + hinted]) for e in examples]
         parts[split] = [e for e, size in zip(examples, sizes, strict=True)
@@ -1842,7 +1830,9 @@ def fit_task(policy: Policy, task: tasks.Task, cfg: Config) -> tasks.Task:
             raise RunError(f"{told}: lower that, shorten the prompt, or give --skip-bad-rows")
         if left_out or cfg.check:
             print(f"{told}: {left_out} of {len(examples)} rows are left out")
-    return replace(task, train=parts.pop("train", task.train), evals=parts)
+    return replace(task, train=parts.get("train", []), benchmark=parts.get("benchmark", []),
+                   validation=(parts.get("validation", []), task.validation[1]),
+                   evals={split: parts[split] for split in task.evals})
 
 
 def examples_at(task: tasks.Task, step: int, cfg: Config) -> list[tasks.Example]:
@@ -1878,15 +1868,16 @@ def environment(policy: Policy) -> dict:
 def start(policy: Policy, task: tasks.Task, state: State, out: Path, cfg: Config) -> None:
     """Begin a run: Step 1 if the format needs it, the scores of the base, checkpoint 0."""
     on_rank_0(shutil.rmtree, out / "checkpoint", True)
-    on_rank_0(rewind, out, 0, cfg)
-    given = policy.reference
-    rate = on_rank_0(probe, policy, task, cfg, given, "formatted")
+    on_rank_0(rewind, out, {"metrics.jsonl": 0, "samples.jsonl": 0}, cfg)
+    given, looks = policy.reference, few(task, cfg)
+    verdicts = on_rank_0(greedy_verdicts, policy, given, looks, task.verify, cfg)
+    rate = mean(verdict.formatted for verdict in verdicts)
     if rate < cfg.format_threshold:
-        print(f"Step 1: {rate:.0%} of the answers are well-formed, "
-              f"below {cfg.format_threshold:.0%}: format SFT first", flush=True)
+        print(f"Step 1: {rate:.0%} of the answers are well-formed, below --format-threshold "
+              f"{cfg.format_threshold:.0%}: format SFT first", flush=True)
         train_format(policy, task, cfg)
-        now = on_rank_0(probe, policy, task, cfg, policy.reference, "formatted")
-        print(f"Step 1: {rate:.0%} -> {now:.0%} well-formed answers")
+        verdicts = on_rank_0(greedy_verdicts, policy, policy.reference, looks, task.verify, cfg)
+        print(f"Step 1: now {mean(verdict.formatted for verdict in verdicts):.0%} are")
     print("Evaluating the base ...", flush=True)
     state.before = on_rank_0(evaluate, policy, task, given, cfg)
     on_rank_0(save_checkpoint, out / "checkpoint", policy, state)
@@ -1930,8 +1921,8 @@ def run(cfg: Config, resuming: bool, task: tasks.Task) -> dict:
         report = {"scores": on_rank_0(evaluate, policy, task, policy.reference, cfg)}
     else:
         if resuming and (out / "checkpoint" / "state.pt").exists():
-            load_checkpoint(out / "checkpoint", policy, state, cfg)
-            on_rank_0(rewind, out, state.step, cfg)
+            sizes = load_checkpoint(out / "checkpoint", policy, state, cfg)
+            on_rank_0(rewind, out, sizes, cfg)
             print(f"resuming after step {state.step}")
         else:
             start(policy, task, state, out, cfg)
@@ -1968,9 +1959,7 @@ def print_table(columns: dict[str, list[dict]]) -> None:
         print(line)
 
 
-# =============================================================================================
-# --compare and --ablations: run after run from one base, and one table
-# =============================================================================================
+# --compare and --ablations: run after run from one base, and one table =======================
 
 LR_GRID = (0.3, 1.0, 3.0)  # times --lr: what each method chooses from, on the validation split
 ABLATIONS = {
@@ -2028,8 +2017,9 @@ def compare(cfg: Config) -> None:
     with reading(Path(cfg.out), "delete the damaged run in it: it is made again"):
         ends = [[m["eval_pass"] for m in steps if "eval_pass" in m][-1:]
                 for _, steps in runs.get("rl", [])]
+        goal = mean(sum(ends, [])) if ends else math.inf
         columns = {"base": [flat(runs["vcopd"][0][0]["before"])]}
-        columns |= {name: [numbers_of(*each, mean(sum(ends, [])), variants[name]) for each in pairs]
+        columns |= {name: [numbers_of(*each, goal, variants[name]) for each in pairs]
                     for name, pairs in runs.items()}
         passes = {name: np.mean([first_split(report["after"])["passes"] for report, _ in pairs], 0)
                   for name, pairs in runs.items()}
@@ -2045,12 +2035,9 @@ def compare(cfg: Config) -> None:
 
 
 def numbers_of(report: dict, steps: list[dict], goal: float, cfg: Config) -> dict:
-    """One run's entries of the table: scores, and what they cost.
-
-    `answers_to_rl`: after how many it passed validation as often as RL at its end (`goal`).
-    """
+    """One run's scores, and their cost: `answers_to_rl` as it first probed `goal`, RL's last."""
     before, after = report["before"], report["after"]
-    answers = cfg.prompts * (1 if cfg.method == "sft" else cfg.rollouts)  # SFT: references
+    answers = cfg.prompts * (1 if cfg.imitate else cfg.rollouts)  # SFT: references
     reached = [m["step"] for m in steps if m.get("eval_pass", -1.0) >= goal]
     return {**flat(after), "general worst": min(after["general"].values()),
             "entropy_ratio": after["entropy"] / max(before["entropy"], 1e-9),
@@ -2062,22 +2049,22 @@ def numbers_of(report: dict, steps: list[dict], goal: float, cfg: Config) -> dic
             "reached_rl": float(bool(reached))}
 
 
-# =============================================================================================
-# --check, --inspect, --plot and --bench train no model
-# =============================================================================================
+# --check, --inspect, --plot and --bench leave no run =======================================
 
 FAINT = 0.01  # nats: a smaller gap is no hint
 CURVES = ("reward", "pass_rate", "eval_pass", "kl", "entropy", "kl_coef")
 
 
-def check(cfg: Config) -> int:
-    """Can this be learnt? Tells of rows, lengths, format, and what the base solves.
-
-    Returns the exit code: 2 where a row was refused, unless --skip-bad-rows was given.
-    """
+def load_both(cfg: Config) -> tuple[Policy, tasks.Task, int]:
+    """The policy, the task fitted to it, and how many rows of data files cannot work."""
     task, refused = load_task(cfg)
     policy = load_policy(cfg, task)
-    task, k = fit_task(policy, task, cfg), cfg.rollouts
+    return policy, fit_task(policy, task, cfg), refused
+
+
+def check(cfg: Config) -> int:
+    """Can this be learnt? Exit code 2 where a row was refused, but for --skip-bad-rows."""
+    (policy, task, refused), k = load_both(cfg), cfg.rollouts
     examples = task.train[:cfg.eval_problems]
     _, texts = answers_to(policy, policy.reference, examples, k, cfg.temperature, cfg)
     verdicts = verify_all(task.verify, [e for e in examples for _ in range(k)], texts)
@@ -2093,10 +2080,9 @@ def inspect(cfg: Config) -> None:
     """What the first step of a run would credit, token by token, and how much of |D| is style.
 
     Style is a token that stands at the same place in a text of the opposite verdict, too: it
-    decides nothing. An adapter given as --model is the student here, and the reference has none.
+    decides nothing. An adapter given as --model is the student here, and the teacher has none.
     """
-    (task, _), k = load_task(cfg), cfg.rollouts
-    policy = load_policy(cfg, task)
+    (policy, task, _), k = load_both(cfg), cfg.rollouts
     if is_adapter(cfg.model):
         load_adapter(policy.model, "policy", Path(cfg.model))
         policy.reference = BASE
@@ -2177,7 +2163,7 @@ def plot(folders: list[str]) -> int:
     except ImportError:
         usage_error("--plot needs matplotlib: pip install matplotlib")
     except (RunError, OSError) as error:
-        usage_error(f"--plot {' '.join(folders)}: {error}")
+        usage_error(str(error))
     print(f"The picture is {Path(folders[0], 'plot.png')}")
     return 0
 
@@ -2198,8 +2184,7 @@ def lines_of(folder: Path) -> list[tuple]:
 
 def bench(cfg: Config) -> None:
     """Tokens a second of sampling, seconds of whole steps, and peak memory, on this machine."""
-    task, _ = load_task(cfg)
-    policy = load_policy(cfg, task)
+    policy, task, _ = load_both(cfg)
     print(environment(policy))
     prompts = [policy.encode(example.prompt) for example in examples_at(task, 0, cfg)]
     for what in ("warm-up", "rollouts"):
@@ -2217,9 +2202,7 @@ def bench(cfg: Config) -> None:
     print(f"peak memory {peak:.2f} GiB")
 
 
-# =============================================================================================
-# The program
-# =============================================================================================
+# The program =================================================================================
 
 
 def failure_sentence(error: Exception, cfg: Config) -> str:
@@ -2257,16 +2240,18 @@ def main(cfg: Config, resuming: bool) -> int:
                            "or give another --out")
         run(cfg, resuming, load_task(cfg)[0])
     except KeyboardInterrupt:
-        print(f"\nInterrupted. To go on: python vcopd.py --resume {cfg.out}, if that folder holds "
-              "a run; else the same command again")
+        begun = Path(cfg.out, "config.json").exists()
+        print("\nInterrupted. To go on: " + (f"python vcopd.py --resume {cfg.out}" if begun else
+                                             "give the same command again"))
         return 130
     except Exception as error:
         if not (sentence := failure_sentence(error, cfg)):
             raise
         print(one_line(sentence), file=sys.stderr)
         return 2
-    print(f"\nResults are in {cfg.out}. Read {cfg.out}/samples.jsonl next, or compare: "
-          f"python vcopd.py --task {cfg.task} --compare")
+    samples = "" if cfg.imitate or cfg.eval_only else f"Read {cfg.out}/samples.jsonl next, or "
+    print(f"\nResults are in {cfg.out}. {samples or 'To '}compare: python vcopd.py "
+          f"--task {cfg.task} --model {cfg.model} --compare")
     return 0
 
 
