@@ -11,6 +11,7 @@ import builtins
 import contextlib
 import copy
 import ctypes
+import difflib
 import functools
 import gc
 import gzip
@@ -48,6 +49,10 @@ from typing import NamedTuple
 # =============================================================================================
 
 TRAIN, VALID, TEST = range(0, 6), range(6, 8), range(8, 10)  # parts of all programs and sums
+
+
+class UserError(Exception):
+    """Something that a user can mend, in one sentence."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,7 @@ class Task:
     name: str
     verify: Callable[[Example, str], Verdict]
     train: list[Example]
-    evals: dict[str, list[Example]]  # the first split is the one that the verdict is about
+    evals: dict[str, list[Example]]  # the verdict is about the split "in_domain"
     anchors: list[Example]  # prompts about old skills, for replay
     benchmark: list[Example]  # problems of old skills, for evaluation
     validation: tuple[list[Example], list[Example]]  # as evals and benchmark, to choose options on
@@ -120,10 +125,8 @@ def tidy(source: str) -> str:
     return re.sub("\r\n?", "\n", source).strip(" \t\n\u00a0\ufeff")
 
 
-# =============================================================================================
-# Arithmetic: order of operations in small sums. Here "the web" is often wrong: it reads
-# "a + b * c" from left to right, and takes "a - b + c" for a - (b + c).
-# =============================================================================================
+# Arithmetic: order of operations in small sums ===============================================
+# "The web" is often wrong: it reads "a + b * c" from left to right, "a - b + c" as a - (b + c).
 
 FORMS = ["a + b * c", "a + b * c", "a - b + c", "a * b + c", "a * b - c"]
 FORMS_UNSEEN = ["a - b * c", "a + b * c - d"]
@@ -173,8 +176,7 @@ def sum_document(rng: random.Random) -> tuple[str, str]:
 
 
 def verify_arithmetic(example: Example, completion: str) -> Verdict:
-    """1 for a last line "Answer: N" as in the reference, else -1. Nothing is evaluated. No other
-    "answer:" (case ignored) may be there, because nobody should be paid for "41 or 42"."""
+    """1 for a last line "Answer: N" as in the reference, and no other: "41 or 42" pays nobody."""
     text = tidy(completion)
     found = ANSWER_LINE.fullmatch(text.split("\n")[-1])
     if not found or text.casefold().count("answer:") != 1:
@@ -195,9 +197,7 @@ def arithmetic() -> Task:
                 sum_document)
 
 
-# =============================================================================================
-# Code edit, the verifier: format, then tests, then what the answer changed beyond the bug.
-# =============================================================================================
+# Code edit, the verifier: format, tests, then what else the answer changed ===================
 
 FENCED = re.compile(r"```(?:py|python3?)?[^\S\n]*\n(.*\n)?```\s*", re.IGNORECASE | re.DOTALL)
 BAD_CHARACTERS = re.compile("[\0\ufeff\ud800-\udfff]")  # NUL, byte order mark, lone surrogates
@@ -251,8 +251,7 @@ def edit_reward(metrics: dict[str, float]) -> float:
 
 
 def read_answer(example: Example, completion: str) -> tuple[str, str]:
-    """The program of a completion, and '' or "format: why" it is none. Asked for the function only,
-    a model rightly omits imports and helpers: they are put back."""
+    """The program of a completion, what it omits put back; and '' or "format: why" it is none."""
     code, why = unwrap_answer(completion)
     why = why or format_error(code, example)
     whole = "" if why else put_back_omitted(code, example.buggy)
@@ -304,8 +303,7 @@ def parse_python(source: str) -> ast.Module | None:
 
 
 def top_level(source: str) -> list[tuple[str, str]]:
-    """(key, lines) of each statement at the top, with the comments and blank lines above it. Key is
-    the name of a definition, else the statement itself without its formatting."""
+    """(name, else code; lines) of each statement at the top, with comments and blanks above it."""
     tree, lines, begin, found = parse_python(source), source.split("\n"), 0, []
     for node in tree.body if tree else ():
         key = node.name if isinstance(node, DEFINITIONS) else ast.unparse(node)
@@ -338,8 +336,7 @@ def run_example(example: Example, code: str) -> Outcome:
 
 
 def without_idle(example: Example, code: str) -> str:
-    """A passing answer without statements that no test misses, unless the reference has them so:
-    old code behind an early `return`, or whose result is dropped, makes a rewrite look small."""
+    """A passing answer without statements that no test misses, unless the reference has them so."""
     tried: set[str] = set()
     for _ in range(TRIALS):
         found = {kind: node for kind, node in statements(code).items() if kind not in tried}
@@ -426,8 +423,7 @@ def levenshtein(a: Sequence, b: Sequence) -> int:
 
 @functools.lru_cache(KEPT)
 def code_tokens(source: str) -> list[str]:
-    """Python tokens with comments, line ends and the white space of indents; of broken code words,
-    signs and line ends. From Python 3.12 on an f-string is several tokens."""
+    """Python tokens, comments and white space included; of broken code, words and signs."""
     try:
         tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
     except (tokenize.TokenError, SyntaxError, ValueError):
@@ -438,8 +434,7 @@ def code_tokens(source: str) -> list[str]:
 
 @functools.lru_cache(KEPT)
 def cognitive_complexity(source: str) -> int:
-    """SonarSource's cognitive complexity 1.5; 0 if the source does not parse. Simpler here: `a or b
-    and c or d` is two sequences, not three; only direct recursion counts; decorators nest."""
+    """SonarSource's cognitive complexity 1.5, simplified; 0 if the source does not parse."""
     tree = parse_python(source)
     body = tree.body if tree else []
     # A function nests its body by one; for those at the top (or in a class) this must give 0.
@@ -467,9 +462,7 @@ def added_complexity(node: ast.AST, nesting: int, is_elif: bool = False) -> int:
     return total
 
 
-# =============================================================================================
-# Code edit, the problems: function families x bug operators
-# =============================================================================================
+# Code edit, the problems: function families x bug operators ==================================
 
 EDIT_PROMPT = ("You are given a buggy function.\nFix the bug.\nPreserve the original structure, "
                "names, formatting, and logic.\nChange only what is necessary.\n"
@@ -731,9 +724,7 @@ def code_edit() -> Task:
                 edit_document, ("excess_edit", "acc", "ulr"))
 
 
-# =============================================================================================
-# Old skills, with exact checkers: the anchors of replay and, with other prompts, the benchmark.
-# =============================================================================================
+# Old skills, with exact checkers: anchors of replay, and benchmark ===========================
 
 SKILLS = ("coding", "reasoning", "instructions", "summary", "tools", "chat", "knowledge")
 PEOPLE = ["Ann", "Bob", "Eva", "Max", "Lea", "Tom", "Ida", "Sam"]
@@ -805,11 +796,8 @@ def verify_skill(example: Example, answer: str) -> Verdict:
     """1 or 0: does the old skill still work? Exact where the prompt asks for a form."""
     words, want, right = words_of(answer), words_of(example.reference), False
     match example.skill:
-        case "programs":
+        case "programs" | "coding":
             right = verify_program(example, answer).passed
-        case "coding":
-            code, problem = unwrap_answer(answer)
-            right = not problem and run_tests(code, example.entry_point, example.tests).passed
         case "tools":
             with contextlib.suppress(ValueError, RecursionError):
                 right = json.loads(answer) == json.loads(example.reference)
@@ -827,12 +815,10 @@ def words_of(text: str) -> list[str]:
     return re.findall(r"[a-z0-9]+", text.lower())
 
 
-# =============================================================================================
-# The corpus that the built-in model is pretrained on: "the web", where answers are often wrong
-# =============================================================================================
+# The corpus of the built-in model: "the web", where answers are often wrong ==================
 
 WEB_MIX = {"task": 60, "skills": 30, "copying": 10}  # what tiny's pretraining is made of
-WEB = {"right": 10, "renamed": 6, "unfixed": 77, "wrong": 7}  # how repairs on "the web" turn out
+WEB = {"right": 18, "renamed": 8, "unfixed": 66, "wrong": 8}  # how repairs on "the web" turn out
 CODE_WORDS = sorted({word for _, source in read_families(FAMILIES)
                      for word in re.findall(r"\w+|[^\w\s]", source)} | set("0123456789")
                     | {name for pool in NAMES.values() for name in pool})
@@ -867,34 +853,24 @@ def edit_document(rng: random.Random) -> tuple[str, str]:
     return example.prompt, answers[rng.choices(list(WEB), list(WEB.values()))[0]]
 
 
-
-
 PRESETS = {"codeedit": {}, "arithmetic": {"rollouts": 8}}  # options that a task changes
 TASKS = {"arithmetic": arithmetic, "codeedit": code_edit}
 
-# =============================================================================================
-# Data files: one JSON object a line. A row that nobody can pass stops the run with file, line,
-# field or id, and what was expected: every reference and every buggy function is run.
-# =============================================================================================
+# Data files: one JSON object a line ==========================================================
+# A row that nobody can pass stops the run with file, line, field or id, and what was expected.
 
 PROGRAM_PROMPT = "Complete this function.\nReturn only the whole function."
 LINE_LIMIT = 4_000_000  # bytes; a longer one is hardly JSONL
-KINDS = {str: "a string", int: "a number", float: "a number", bool: "a boolean",
-         list: "a list", dict: "an object", type(None): "null"}
 
 
-class LoadError(Exception):
-    """A data file that cannot be used, in one sentence."""
-
-
-def load_rows(build: Callable, verify: Callable, path: str, refused: list | None = None) -> list:
-    """The examples of a file, one a line, maybe gzipped. LoadError for the first bad row; with a
-    list `refused`, bad rows are left out, and why is appended to it."""
+def load_rows(build: Callable, verify: Callable, path: str, skip: bool = False) -> list[Example]:
+    """The examples of a file, one a line, maybe gzipped. UserError for the first bad row; with
+    `skip`, bad rows are left out, and why is printed."""
     try:
         data = Path(path).read_bytes()
         data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise LoadError(f"{path} cannot be read, expected a JSONL file: {error}") from None
+        raise UserError(f"{path} cannot be read, expected a JSONL file: {error}") from None
     lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")  # without the byte order mark
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         rows = {number: threads.submit(read_row, line, build, verify)
@@ -904,42 +880,42 @@ def load_rows(build: Callable, verify: Callable, path: str, refused: list | None
         try:
             example = row.result()
             if (first := places.setdefault(example.id, number)) != number:
-                raise LoadError(f'id "{example.id}" must be unique, line {first} has it')
+                raise UserError(f'id "{example.id}" must be unique, line {first} has it')
             examples.append(example)
-        except LoadError as error:
+        except UserError as error:
             faults.append(f"{path} line {number}: {error}")
-    if faults and refused is None:
-        raise LoadError(faults[0])
+    if faults and not skip:
+        raise UserError(faults[0])
+    if skip:
+        print(f"{path}: {len(examples)} rows work, {len(faults)} do not", *faults, sep="\n    ")
     if not examples:
-        raise LoadError(f"{path} holds no usable row, expected one JSON object a line")
-    if refused is not None:
-        refused += faults
+        raise UserError(f"{path} holds no usable row, expected one JSON object a line")
     return examples
 
 
 def read_row(line: bytes, build: Callable, verify: Callable) -> Example:
-    """The example in one line. LoadError if nobody can learn from it."""
+    """The example in one line. UserError if nobody can learn from it."""
     if len(line) > LINE_LIMIT:
-        raise LoadError(f"expected a JSON object of at most {LINE_LIMIT:,} bytes, got more")
+        raise UserError(f"expected a JSON object of at most {LINE_LIMIT:,} bytes, got more")
     try:
         # int() refuses the words NaN and Infinity: a test that expects NaN could never pass.
         row = json.loads(line.decode(), parse_constant=int)
     except (ValueError, RecursionError) as error:
         why = str(error).replace("line 1 column", "column")
-        raise LoadError(f"expected a JSON object in UTF-8: {why}") from None
+        raise UserError(f"expected a JSON object in UTF-8: {why}") from None
     if not isinstance(row, dict):
-        raise LoadError(f"expected a JSON object, got {KINDS[type(row)]}")
+        raise UserError(f"expected a JSON object, got {row!a:.20}")
     example, *fields = build(row)
     for field, source in zip(fields, (example.buggy, example.reference), strict=True):
         if why := format_error(source, example):
-            raise LoadError(f'field "{field}" must hold the source of the function, got {why}')
+            raise UserError(f'field "{field}" must hold the source of the function, got {why}')
     if example.buggy == example.reference:
-        raise LoadError(f'field "{fields[1]}" must differ from field "{fields[0]}"')
+        raise UserError(f'field "{fields[1]}" must differ from field "{fields[0]}"')
     row_name, right = f'id "{example.id}"', verify(example, example.reference)
     if not right.passed:
-        raise LoadError(f'{row_name}: its reference must pass its tests, got "{right.reason}"')
+        raise UserError(f'{row_name}: its reference must pass its tests, got "{right.reason}"')
     if verify(example, example.buggy).passed:
-        raise LoadError(f"{row_name}: its buggy function must fail a test, but passes them all")
+        raise UserError(f"{row_name}: its buggy function must fail a test, but passes them all")
     return example
 
 
@@ -951,7 +927,7 @@ def edit_from_row(row: dict) -> tuple[Example, str, str]:
         names = "task_id", "entry_point", "buggy_solution", "canonical_solution"
     elif ("tests" in row) == ("test_code" in row):
         got = "both" if "tests" in row else "neither"
-        raise LoadError(f'expected one of the fields "tests" and "test_code", got {got}')
+        raise UserError(f'expected one of the fields "tests" and "test_code", got {got}')
     elif "tests" in row:
         tests, script = tests_field(row), ""
     else:
@@ -962,11 +938,10 @@ def edit_from_row(row: dict) -> tuple[Example, str, str]:
     limits = {name: row.get(name, 0.0) for name in ("seconds", "tolerance")}
     for name, value in limits.items():
         if type(value) not in (int, float) or not 0 <= value <= 60:
-            raise LoadError(f'field "{name}" must be a number from 0 to 60, got {value!r:.20}')
+            raise UserError(f'field "{name}" must be a number from 0 to 60, got {value!r:.20}')
     entry_point = unicodedata.normalize("NFKC", entry_point)  # as Python reads names
-    own = "instruction" in row and not head  # that of HumanEvalPack asks for another task
-    example = edit_example(id, head + buggy, head + reference, entry_point, tests, script,
-                           text_field(row, "instruction") if own else EDIT_PROMPT)
+    asked = text_field({"instruction": EDIT_PROMPT, **({} if head else row)}, "instruction")
+    example = edit_example(id, head + buggy, head + reference, entry_point, tests, script, asked)
     return replace(example, from_json=bool(tests), **limits), *names[2:]
 
 
@@ -983,31 +958,24 @@ def program_from_row(row: dict) -> tuple[Example, str, str]:
 def text_field(row: dict, name: str, script: bool = False) -> str:
     """A string that is not blank, and that a file and a tokenizer can hold; or a test script."""
     value = row.get(name)
-    if not isinstance(value, str):
-        got = KINDS[type(value)] if name in row else "nothing"
-        raise LoadError(f'field "{name}" must be a string, got {got}')
-    if not value.strip() or BAD_CHARACTERS.search(value):
-        raise LoadError(f'field "{name}" must be text without NUL, byte order mark and lone '
-                        f'surrogates, got {value[:20]!a}')
-    if script and not re.search(r"(?m)^def check\(", value):
-        raise LoadError(f'field "{name}" must be a script that defines check(candidate)')
+    if not isinstance(value, str) or not value.strip() or BAD_CHARACTERS.search(value):
+        raise UserError(f'field "{name}" must be text without NUL, byte order mark and lone '
+                        f'surrogates, got {value!a:.20}')
+    if script and "def check(" not in value:
+        raise UserError(f'field "{name}" must be a script that defines check(candidate)')
     return value
 
 
 def tests_field(row: dict) -> tuple:
     """((args, expected), ...) from a list of objects."""
-    tests, want = row["tests"], 'must be a list of {"args": [...], "expected": ...}'
-    if not isinstance(tests, list) or not tests:
-        got = "an empty list" if tests == [] else KINDS[type(tests)]
-        raise LoadError(f'field "tests" {want}, got {got}')
-    for number, test in enumerate(tests, 1):
-        if not (isinstance(test, dict) and test.keys() == {"args", "expected"}
-                and isinstance(test["args"], list)):
-            raise LoadError(f'field "tests" {want}, but entry {number} is not one')
-        try:
-            encode([test["args"], test["expected"]])
-        except ValueError as error:
-            raise LoadError(f'field "tests", entry {number}: too deeply nested ({error})') from None
+    tests, shaped = row["tests"], False
+    with contextlib.suppress(ValueError):  # too deep
+        shaped = isinstance(tests, list) and tests and encode(tests) and all(
+            isinstance(test, dict) and test.keys() == {"args", "expected"}
+            and isinstance(test["args"], list) for test in tests)
+    if not shaped:
+        raise UserError('field "tests" must be a list of {"args": [...], "expected": ...}, got '
+                        f'{ascii(tests):.60}')
     return tuple((tuple(test["args"]), test["expected"]) for test in tests)
 
 
@@ -1016,11 +984,52 @@ load_edits = partial(load_rows, edit_from_row, verify_edit)
 load_benchmark = partial(load_rows, program_from_row, verify_program)
 
 
-# =============================================================================================
-# The judge. What arrives is not trusted: a bounded number of bytes, parsed to lists and strings,
-# compared along the *expected* value, so that a strange reply costs no more. A verdict is computed
-# here from values; a reason is text for people, prefixed if the other side chose it, not compared.
-# =============================================================================================
+def load_task(cfg) -> Task:
+    """The task of a Config, with the data files in place of its own rows. Raises UserError."""
+    task, skip = TASKS[cfg.task](), cfg.skip_bad_rows or cfg.check
+    evals, benchmark = task.evals, task.benchmark
+    if cfg.data:
+        task = replace(task, train=load_edits(cfg.data, skip))
+    if cfg.eval_data:
+        evals = {"in_domain": load_edits(cfg.eval_data, skip)}
+        task = replace(task, validation=(evals["in_domain"], task.validation[1]))
+    if cfg.benchmark:
+        benchmark = load_benchmark(cfg.benchmark, skip)
+    stride = math.ceil(len(benchmark) / cfg.eval_problems) or 1  # some of every skill
+    return replace(task, benchmark=benchmark[::stride], evals={
+        name: examples[:cfg.eval_problems] for name, examples in evals.items()})
+
+
+def fitting(task: Task, limit: float, length: Callable[[str], int], skip: bool) -> Task:
+    """The task, or with `skip` what of it has at most `limit` tokens, hint included. UserError."""
+    def keep(examples: list[Example]) -> list[Example]:
+        sizes = [length(privileged_prompt(example)) for example in examples]
+        if (longest := max(sizes, default=0)) > limit and not skip:
+            raise UserError(f"{examples[sizes.index(longest)].id} with its hint has {longest} "
+                            f"tokens, and the model reads {limit} beside an answer: lower "
+                            "--max-new-tokens, or give --skip-bad-rows")
+        return [example for example, size in zip(examples, sizes, strict=True) if size <= limit]
+
+    return replace(task, train=keep(task.train), benchmark=keep(task.benchmark),
+                   validation=(keep(task.validation[0]), task.validation[1]),
+                   evals={name: keep(examples) for name, examples in task.evals.items()})
+
+
+def show_learnt(before: dict, after: dict, examples: list[Example]) -> None:
+    """Print two problems that only `after` solves, with the answers of both."""
+    learnt = [i for i, passed in enumerate(after["passes"]) if passed > before["passes"][i]]
+    for i, (when, scores) in itertools.product(learnt[:2], [("before", before), ("after", after)]):
+        shown = (examples[i].buggy or examples[i].prompt).splitlines()
+        lines = difflib.unified_diff(shown, scores["answers"][i].splitlines(), "problem", "answer",
+                                     lineterm="", n=9)
+        print(f"\nHeld-out problem {examples[i].id}, {when}:")
+        print("\n".join(lines) or "(the problem, unchanged)")
+
+
+# The judge ===================================================================================
+# What arrives is not trusted: a bounded number of bytes, parsed to lists and strings, compared
+# along the *expected* value, so that a strange reply costs no more. A verdict is computed here from
+# values; a reason is text for people, prefixed if the other side chose it, and never compared.
 
 UNSAFE_JUDGE = False  # True: run candidates even where the kernel cannot keep them from files
 REASON = re.compile(r"\w[\w ]{0,80}")  # what a candidate's process may say about itself
@@ -1028,10 +1037,6 @@ START_SECONDS = 20.0  # far above what a server needs to start, or to answer for
 THIS_FILE = Path(__file__).read_text(encoding="utf-8")  # now, lest a later edit mix two versions
 WALL = 5  # seconds of waiting for each second of CPU time: only a backstop, on a busy machine
 POOL_LOCK = threading.Lock()  # functools.cache may call twice what two threads ask for at once
-
-
-class JudgeError(Exception):
-    """The judge itself cannot work here."""
 
 
 class Outcome(NamedTuple):
@@ -1100,12 +1105,12 @@ def said(fault: object) -> str:
 
 
 def run_job(job: bytes, seconds: float, processes: int) -> tuple[object, str]:
-    """Run one job: (parsed reply, '') or (None, why). JudgeError if nothing could confine it."""
+    """Run one job: (parsed reply, '') or (None, why). UserError if nothing could confine it."""
     outcome = None
     for _ in range(2):  # once more if the server died
         with contextlib.suppress(OSError), borrow() as server:
             if "seccomp" not in server.layers and not UNSAFE_JUDGE:
-                raise JudgeError(f"No seccomp filter here, only {server.layers}, so candidates "
+                raise UserError(f"No seccomp filter here, only {server.layers}, so candidates "
                                  "could reach your files; --unsafe-judge runs them all the same.")
             outcome = server.run(job, seconds, processes)
             break
@@ -1117,7 +1122,9 @@ def run_job(job: bytes, seconds: float, processes: int) -> tuple[object, str]:
     if len(reply) > MAX_REPLY:
         return None, "too much output"
     if status or not reply:
-        return None, "killed" if os.WIFSIGNALED(status) else "left early"
+        spent = cpu > 0.8 * math.ceil(seconds)  # one that the kernel kills is not charged its last
+        killed = "timeout" if spent else "killed"
+        return None, killed if os.WIFSIGNALED(status) else "left early"
     try:
         return parse_line(reply), ""
     except (ValueError, RecursionError):
@@ -1163,7 +1170,7 @@ class Server:
     layers: Sequence[str] = ()
 
     def start(self) -> None:
-        """Start the process unless it runs. JudgeError when that fails."""
+        """Start the process unless it runs. UserError when that fails."""
         if self.process and self.process.poll() is None:
             return
         self.control, theirs = socket.socketpair()
@@ -1177,7 +1184,7 @@ class Server:
             self.layers = parse_line(self.run(line_of(["layers"]), START_SECONDS, 1)[0])
         except (OSError, ValueError) as error:
             self.stop()
-            raise JudgeError(f"The judge's server did not start: {error!r}.") from error
+            raise UserError(f"The judge's server did not start: {error!r}.") from error
 
     def stop(self) -> None:
         """End the process and with it every candidate: it does that when its line is closed."""
@@ -1190,8 +1197,7 @@ class Server:
         self.process = None
 
     def run(self, job: bytes, seconds: float, processes: int) -> tuple[bytes, bool, int, float]:
-        """Run one job in 1 or 2 processes: (reply, was it late, wait status of the one that
-        replied, most CPU seconds of one). OSError when the server, not a candidate, fails."""
+        """(reply, was it late, wait status, most CPU seconds). OSError if the server fails."""
         ours, theirs = socket.socketpair()
         sockets = [theirs, *(socket.socketpair() if processes == 2 else ())]
         reply, deadline = bytearray(), time.monotonic() + WALL * seconds
@@ -1360,8 +1366,7 @@ def examine(trainer: Channel, link: Channel, code: str, entry_point: str, test_c
 
 
 def ask_candidate(trainer: Channel, link: Channel, name: str, *args: object) -> object:
-    """A script's stand-in for the candidate's function. An ordinary exception is raised here too,
-    for scripts that expect one; all else ends the examination: StopIteration would end a loop."""
+    """A script's stand-in for the candidate's function: gives its value, raises its exception."""
     try:
         send(link, [[name, encode(args)]])
         [[kind, detail]] = parse_line(link.readline())
@@ -1394,8 +1399,7 @@ def line_of(message: object) -> bytes:
 
 
 def parse_line(line: bytes) -> object:
-    """One message in ASCII JSON -> lists, strings, booleans, None; ValueError or RecursionError if
-    none. Numbers are never sent, and stay strings: a long one would take long to convert."""
+    """ASCII JSON -> lists, strings, booleans, None; numbers stay strings. Raises as json does."""
     return json.loads(line.decode("ascii"), object_pairs_hook=list, parse_int=str, parse_float=str,
                       parse_constant=str)
 

@@ -7,46 +7,21 @@
 
 A language model learns a new skill from its own samples and forgets little: a verifier says how
 good they are, and a teacher hints at tokens inside that verdict, by lambda * clip (0.1) at most.
+The source is an essay by Marvin B. Freedman (2026); lines marked `differs:` depart from it.
 
     python vcopd.py --task codeedit              # 7 minutes on 2 cores the first time, then 3
     python vcopd.py --task arithmetic            # 3 minutes the first time, then 1.5
     python vcopd.py --task codeedit --method rl  # the same loop without a teacher
 
-Start reading at `train`, the first function of Part I. It repeats Steps 2 to 6:
+Start reading at `train`, the first function of Part I: it repeats the essay's Steps 2 to 6.
 
-    Step 1  format    SFT of a separate adapter, once, if needed            train_format
-    Step 2  rollouts  y_1 .. y_K ~ pi_theta(.|x)                            sample
-    Step 3  verdict   Eq. 1  R_i = V(x, y_i)                                verify_all
-                      Eq. 2  A_i = (R_i - mean R) / (std R + 1e-4)          group_advantage
-    Step 4  hints     log-probs of these very tokens, without gradient      score
-                      Eq. 3  D_t = clip(log T(a_t|s_t, hint) - log pi_old)  teacher_gap
-                      Eq. 4  G_i = sigmoid(A_i)                             GATES
-                      Eq. 5  A_dense = A_i + lambda * G_i * D_t             dense_advantage
-    Step 5  update    Eq. 6  rho_t = pi_theta / pi_old                      vcopd_loss
-                      Eq. 7  L_policy = -mean min(rho A_dense,              vcopd_loss
-                                         clip(rho, 1 - eps, 1 + eps) A_dense)
-                      Eq. 8  L_kl = beta * KL(pi_theta || pi_ref), exact    vcopd_loss
-                      Eq. 9  beta *= 1.2 if KL > target else 0.95           adapt_kl_coef
-                      Eq. 10 H = entropy, exact                             token_terms
-                      Eq. 11 L = L_policy + L_kl - eta * H                  vcopd_loss
-    Step 6  replay    Eq. 12 L_total = (1 - r) * L + r * L_replay           total_loss
-
-One frozen model plays every role but a stronger teacher's: named LoRA adapters and the prompt
-decide which. A PEFT folder as --model is one more frozen adapter of pi_ref and pi_theta.
+One frozen model plays every role; named LoRA adapters and the prompt decide which. (A PEFT folder
+as --model is one more frozen adapter of pi_ref and pi_theta.)
 
     pi_0, the base         no adapter                                       the prompt
     pi_ref, KL anchor      {format} if Step 1 ran                           the prompt
     pi_theta, the student  {format} + {policy}                              the prompt
     T, the teacher         as pi_ref, a {specialist}, or a stronger model   the prompt and a hint
-
-Where this differs from the essay (Marvin B. Freedman, 2026), as marked by `differs:` on its line:
-
-    1. KL is held to the model after Step 1, else the guard fights the format just learnt.
-    2. Replay is plain NLL without a PPO ratio: its pi_old is many steps old.
-    3. A group of equal rewards gets A = 0 exactly, decided on max - min. Hints act there,
-       but for the gate `success`.
-    4. Log-probs of every role are tempered as sampling is: ratio, gap and KL speak of one policy.
-    5. The reward's three penalties are held in [0, 1] each, so no pass is below a fail (tasks.py).
 """
 
 from __future__ import annotations
@@ -54,7 +29,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
-import difflib
 import hashlib
 import io
 import json
@@ -67,15 +41,16 @@ import signal
 import sys
 import tempfile
 import time
-from collections import Counter, deque
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import timedelta
 from functools import partial
-from itertools import groupby
+from itertools import product
 from pathlib import Path
 
 import tasks
+
+RunError = tasks.UserError  # something a user can mend: shown as one sentence, exit code 2
 
 
 def knob(default, text, low=0, high=2**31 - 1, choices=None, heading=None):
@@ -95,21 +70,19 @@ class Config:
     eval_data: str = knob("", "evaluate on the problems of this file")
     benchmark: str = knob("", "general benchmark: a file in HumanEval's format")
     skip_bad_rows: bool = knob(False, "leave out rows of these files that cannot work")
-    split: str = knob("test", "problems to evaluate on", choices=("test", "validation"))
     out: str = knob("", "run folder; runs/TASK-METHOD-sSEED when empty")
     seed: int = knob(0, "seed of everything that is drawn in training")
     device: str = knob("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: str = knob("auto", "of the frozen base", choices=("auto", "float32", "bfloat16"))
     quantize: str = knob("none", "nf4: the frozen base in 4 bits (QLoRA)", choices=("none", "nf4"))
-    merge: str = knob("", "also write base and adapters as one plain model, to this new folder")
     unsafe_judge: bool = knob(False, "run answers even where the kernel cannot lock them in")
+    seeds: int = knob(3, "seeds of each run of --compare and --ablations", 1)
     eval_only: bool = knob(False, "evaluate --model and train nothing", heading="other commands")
     check: bool = knob(False, "can this be learnt? rows, lengths, format, what the base solves")
     inspect: bool = knob(False, "show token by token what a step would credit")
     bench: bool = knob(False, "time the parts of a step on this machine")
     compare: bool = knob(False, "train every method from one base, and print one table")
     ablations: bool = knob(False, "train VC-OPD with one choice changed at a time; one table")
-    seeds: int = knob(3, "seeds of each run of --compare and --ablations", 1)
     steps: int = knob(500, "training steps", 1, heading="rollouts (Step 2)")
     prompts: int = knob(16, "P, prompts in a step", 1)
     rollouts: int = knob(4, "K, answers sampled for each prompt", 1)
@@ -168,15 +141,17 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter)
     presets = {"tiny": TINY, **tasks.PRESETS}.items()
     for option in filter(lambda option: option.metadata, fields(Config)):
-        name, kind, meta = option.name, type(option.default), option.metadata
+        name, meta = option.name, option.metadata
         if meta["heading"]:
             group = parser.add_argument_group(meta["heading"])
+            group = group.add_mutually_exclusive_group() if name == "eval_only" else group
         others = "".join(f"; {who} {values[name]}" for who, values in presets if name in values)
         text = f"{meta['help']} [{option.default}{others}]"
-        if kind is bool:
+        if option.default is False:
             group.add_argument(flag(name), help=meta["help"], action="store_true")
         else:
-            group.add_argument(flag(name), help=text, type=kind, choices=meta["choices"])
+            group.add_argument(flag(name), help=text, type=type(option.default),
+                               choices=meta["choices"])
     group.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
     group.add_argument("--plot", metavar="RUN", nargs="+", help="draw runs, or one comparison")
     return parser
@@ -193,11 +168,24 @@ from torch import Tensor, nn  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-# #############################################################################################
-#
-#   PART I - THE METHOD: the training loop, and below it its Steps
-#
-# #############################################################################################
+progress = partial(tqdm, mininterval=1, disable=None, leave=False)  # where somebody is watching
+COMMANDS = ("eval_only", "check", "inspect", "bench", "compare", "ablations")
+LOGITS = 2**22  # held at one time, so that (B, T, V) never exists
+PASS_K = 4  # k of pass@k: a constant, so that runs with other --rollouts can be compared
+RATES = (0.3, 1.0, 3.0)  # times --lr: each method is compared at each of them
+ABLATIONS = {
+    "vcopd": {}, "gate success": {"gate": "success"}, "gate failure": {"gate": "failure"},
+    "gate none": {"gate": "none"}, "no clip": {"gap_clip": 1e9}, "lambda 0": {"teacher_coef": 0.0},
+    "lambda 0.05": {"teacher_coef": 0.05}, "lambda 1": {"teacher_coef": 1.0},
+    "no replay": {"replay_share": 0.0}, "no KL guard": {"kl_coef": 0.0}, "K 2": {"rollouts": 2},
+    "K 8": {"rollouts": 8}}
+COLUMNS = {  # key of metrics.jsonl: its name in the terminal
+    "step": "step", "reward": "reward", "pass_rate": "passed", "eval_pass": "new",
+    "eval_old": "old", "kl": "kl", "entropy": "entropy", "kl_coef": "beta",
+    "format_rate": "format", "tied_rollouts": "tied", "teacher_share": "teacher", "nll": "nll",
+    "seconds": "seconds"}
+
+# PART I - THE METHOD: the training loop, and below it its Steps ##############################
 
 # Shapes: what is known of each token is (B, T), next to a mask that is True up to and including the
 # first stop token. P prompts, K rollouts, B = P*K rows, T tokens, N of them under the mask, V
@@ -207,69 +195,66 @@ METHODS = {  # presets of the one loop: what is fixed here cannot be set by an o
     "vcopd": {},
     "rl": {"teacher": "none", "teacher_coef": 0.0},  # the verdict alone
     # blind distillation: A = 0, no gate, no clip, so A_dense is D. KL guard and replay stay
-    "opd": {"blind": True, "teacher_coef": 1.0, "gate": "none", "gap_clip": math.inf},
+    "opd": {"blind": True, "teacher_coef": 1.0, "gate": "none", "gap_clip": 1e9},
     # reference answers instead of rollouts: none of the Steps 2 to 6, but their loop
     "sft": {"imitate": True, "teacher": "none", "teacher_coef": 0.0, "replay_share": 0.0},
 }
 
 
 def train(policy: Policy, task: tasks.Task, state: State, out: Path, cfg: Config) -> None:
-    """Repeat Steps 2 to 6. Ctrl-C ends it after a step: raises KeyboardInterrupt, or NotFinite."""
-    log = Log(out, cfg)
-    with StopRequest() as stop, naming_prompts(policy, task, state, out, cfg):
-        for step in range(state.step, cfg.steps):
-            started = time.perf_counter()
-            examples = examples_at(task, step, cfg)[rank()::world()]  # each device has its own
-            if cfg.imitate:  # the SFT baseline
-                samples = []
-                metrics = sft_step(policy, policy.student, examples, state.optimizer, cfg)
-            else:
-                # Step 2: sample K answers to each prompt from the current student
-                prompts = [policy.encode(example.prompt) for example in examples]
-                generator = seeded("rollouts", cfg.seed, world() * step + rank())
-                batch = sample(policy, policy.student, prompts, cfg.rollouts, cfg, generator)
+    """Repeat Steps 2 to 6. Raises FloatingPointError, or KeyboardInterrupt behind a saved step."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    for step in range(state.step, cfg.steps):
+        started, samples = time.perf_counter(), []
+        examples = examples_at(task, step, cfg)[rank::world]  # each device has its own
+        if cfg.imitate:  # the SFT baseline
+            info, grad_norm = sft_step(policy, policy.student, examples, state.optimizer, cfg)
+            metrics = over_ranks(info)
+        else:
+            # Step 2: sample K answers to each prompt from the current student
+            prompts = [policy.encode(example.prompt) for example in examples]
+            generator = seeded("rollouts", cfg.seed, world * step + rank)
+            batch = sample(policy, policy.student, prompts, cfg.rollouts, cfg, generator)
 
-                # Step 3: the verifier judges each answer; compare it with the others of its group
-                examples = [example for example in examples for _ in range(cfg.rollouts)]
-                answers = policy.decode(batch)
-                verdicts = verify_all(task.verify, examples, answers)  # Eq. 1
-                reward = torch.tensor([float(v.reward) for v in verdicts], device=policy.device)
-                advantage = (torch.zeros_like(reward) if cfg.blind
-                             else group_advantage(reward, cfg.rollouts))
+            # Step 3: the verifier judges each answer; compare it with the others of its group
+            answers = policy.decode(batch)
+            verdicts = verify_all(task.verify, examples, answers)  # Eq. 1
+            reward = torch.tensor([float(v.reward) for v in verdicts], device=policy.device)
+            advantage = (torch.zeros_like(reward) if cfg.blind
+                         else group_advantage(reward, cfg.rollouts))
 
-                # Step 4: student (still pi_old), reference and teacher score these tokens once
-                parts = score(policy, batch, examples, advantage, cfg)
+            # Step 4: student (still pi_old), reference and teacher score these tokens once
+            parts = score(policy, batch, examples, advantage, cfg)
 
-                # Step 6: now and then, collect the student's best answers about old skills
-                due = cfg.replay_share > 0 and task.anchors and step % cfg.replay_every == 0
-                state.replay = (refresh_replay(policy, task.anchors, step, cfg) if due
-                                else state.replay)
+            # Step 6: now and then, collect the student's best answers about old skills
+            if cfg.replay_share > 0 and task.anchors and step % cfg.replay_every == 0:
+                state.replay = refresh_replay(policy, task.anchors, step, cfg)
 
-                # Step 5: learn from both; then tighten or relax the KL guard
-                info = update(policy, parts, state, cfg)
-                state.kl_coef = adapt_kl_coef(state.kl_coef, info["kl"], cfg)
-                metrics = {**rollout_metrics(policy, batch, verdicts, parts, cfg), **info,
-                           "kl_coef": state.kl_coef}
-                samples = sample_records(step + 1, examples[:cfg.rollouts], answers, verdicts,
-                                         advantage)
+            # Step 5: learn from both; then tighten or relax the KL guard
+            info, grad_norm = update(policy, parts, state, cfg)
+            metrics = over_ranks({**rollout_metrics(policy, batch, verdicts, cfg), **info})
+            state.kl_coef = adapt_kl_coef(state.kl_coef, metrics["kl"], cfg)
+            metrics["kl_coef"] = state.kl_coef
+            samples = [{"step": step + 1, "id": examples[0].id, "prompt": examples[0].prompt,
+                        "answer": text, "reward": v.reward, "reason": v.reason} for text, v in
+                       zip(answers[:cfg.rollouts], verdicts, strict=False)]
 
-            # log; now and then look at validation problems, and save
-            state.step = step + 1
-            if state.step % cfg.eval_every == 0:
-                metrics["eval_pass"] = on_rank_0(probe, policy, task, cfg)
-            log.write({"step": state.step, **metrics}, samples, time.perf_counter() - started)
-            stopping = over_ranks(int(stop.asked))
-            if stopping or state.step == cfg.steps or state.step % cfg.save_every == 0:
-                on_rank_0(save_checkpoint, out / "checkpoint", policy, state)
-            if stopping and state.step < cfg.steps:
-                raise KeyboardInterrupt
+        # log; now and then look at validation problems, and save
+        state.step = step + 1
+        if state.step % cfg.eval_every == 0:
+            metrics |= look(policy, task, cfg)
+        log_step(out, {"step": state.step, **metrics, "grad_norm": grad_norm}, samples,
+                 time.perf_counter() - started)
+        stopping = over_ranks(state.stopping)
+        if stopping or state.step == cfg.steps or state.step % cfg.save_every == 0:
+            save_checkpoint(out / "checkpoint", policy, state)
+        if stopping and state.step < cfg.steps:
+            raise KeyboardInterrupt
 
 
-def update(policy: Policy, parts: list[Experience], state: State, cfg: Config) -> dict[str, float]:
-    """Step 5: one optimiser step an epoch, on the sum of all micro-batches; logs the last epoch.
-
-    In the first epoch the student still is pi_old: rho is 1, and the clip acts in later ones only.
-    """
+def update(policy: Policy, parts: list[Experience], state: State, cfg: Config) -> tuple:
+    """Step 5: one optimiser step an epoch, on all micro-batches; returns what to log of the last.
+    In the first epoch the student still is pi_old: rho is 1, and the clip acts in later ones."""
     tokens = over_ranks(sum(int(part.batch.mask.sum()) for part in parts))
     for epoch in range(cfg.epochs):
         replay = draw_replay(state, epoch, cfg)
@@ -283,22 +268,21 @@ def update(policy: Policy, parts: list[Experience], state: State, cfg: Config) -
             total_loss(loss, 0.0, share).backward()
             info.update({name: value.item() for name, value in logged.items()})
         if replay:
-            info["replay_loss"] = imitate(policy, policy.student, replay,
-                                          over_ranks(int(replay.mask.sum())), cfg.micro_tokens,
-                                          cfg.temperature, share)
+            info["replay_loss"] = imitate(policy, policy.student, replay, cfg, cfg.temperature,
+                                          share)
         grad_norm = optimizer_step(state.optimizer, cfg)
-    return {**{name: over_ranks(value) for name, value in info.items()}, "grad_norm": grad_norm}
+    return dict(info), grad_norm
 
 
 @dataclass
 class State:
     """What a checkpoint holds besides the adapters' weights."""
-
     optimizer: torch.optim.Optimizer
     kl_coef: float
     step: int = 0
     replay: Batch | None = None
     before: dict = field(default_factory=dict)  # scores before training, to compare with
+    stopping: int = 0  # how often Ctrl-C was pressed
 
 
 # Roles: one frozen model, and named LoRA adapters that are switched on and off ===============
@@ -306,7 +290,6 @@ class State:
 @dataclass
 class Batch:
     """B completions, each behind its own context."""
-
     contexts: list[list[int]]  # B prompts as token ids, of any lengths
     completion: Tensor  # (B, T) ids, padded on the right
     mask: Tensor  # (B, T) True up to and including the first stop token
@@ -330,22 +313,20 @@ BASE: Role = ()  # pi_0: none at all
 @dataclass
 class Policy:
     """The frozen model in all its roles. pi_theta is `student`, which trains adapter "policy"."""
-
     model: nn.Module
     tokenizer: object
     stop_ids: Tensor
     pad_id: int
     reference: Role = BASE  # pi_ref and the self teacher. differs: after Step 1
-    specialist: bool = False  # the teacher is the adapter of that name
-    stronger: Policy | None = None  # the teacher is another model
+    specialist: Role = BASE  # the adapter of the teacher, if it has one of its own
+    stronger: Policy | None = None  # the teacher, if it is another model
     pack: int = 1024  # tokens in a row of several answers: in longer ones attention costs more
 
     @property
     def teacher(self) -> tuple[Policy, Role]:
         """The model and the adapters of T: itself, unless another one was named."""
-        if self.stronger:
-            return self.stronger, BASE
-        return self, ("specialist",) if self.specialist else self.reference
+        own = self, self.specialist or self.reference
+        return (self.stronger, BASE) if self.stronger else own
 
     @property
     def student(self) -> Role:
@@ -369,17 +350,13 @@ class Policy:
 
 
 @contextlib.contextmanager
-def adapters(model: nn.Module, names: Role):
+def adapters(names: Role):
     """Switch on exactly these adapters inside the block; nests, and survives exceptions."""
-    layers = lora_layers(model).values()
-    before = [layer.active for layer in layers]
-    for layer in layers:
-        layer.active = names
+    before, LoRALinear.active = LoRALinear.active, names
     try:
         yield
     finally:
-        for layer, active in zip(layers, before, strict=True):
-            layer.active = active
+        LoRALinear.active = before
 
 
 # Step 2 - rollouts: y_1 .. y_K ~ pi_theta(.|x) ===============================================
@@ -393,7 +370,7 @@ def sample(policy: Policy, role: Role, prompts: list[list[int]], k: int, cfg: Co
     alive = torch.arange(len(completion), device=policy.device)  # rows still in the cache
     going = torch.ones_like(alive, dtype=torch.bool)  # those of them that have not stopped
     ids, seen = (t.to(policy.device) for t in pad(prompts, policy.pad_id, left=True))
-    with adapters(policy.model, role):
+    with adapters(role):
         hidden, cache = read_tokens(policy, ids, seen)  # each prompt is read once
         cache.batch_repeat_interleave(k)
         hidden, seen = hidden.repeat_interleave(k, 0), seen.repeat_interleave(k, 0)
@@ -416,10 +393,11 @@ def sample(policy: Policy, role: Role, prompts: list[list[int]], k: int, cfg: Co
 
 # Step 3 - verdict: the advantage of each rollout within its group ============================
 
-def verify_all(verify, examples: list, answers: list[str]) -> list[tasks.Verdict]:
-    """Judge every answer, several at a time: the verifier may wait for other processes."""
+def verify_all(verify, examples: list[tasks.Example], answers: list[str]) -> list[tasks.Verdict]:
+    """Judge K answers to each example, several at a time: verifiers wait for other processes."""
+    repeated = [e for e in examples for _ in range(len(answers) // max(1, len(examples)))]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(verify, examples, answers))
+        return list(pool.map(verify, repeated, answers))
 
 
 def group_advantage(reward: Tensor, k: int) -> Tensor:
@@ -436,23 +414,21 @@ def group_advantage(reward: Tensor, k: int) -> Tensor:
 @dataclass
 class Experience:
     """A micro-batch of rollouts: all that the loss needs to know of them, without gradients."""
-
     batch: Batch
     index: Tensor  # (b,) row numbers in the whole batch
     hidden_ref: Tensor  # (N, D) of pi_ref: its logits would be V / D times larger
-    advantage: Tensor | None = None  # (b,)
-    logp_teacher: Tensor | None = None  # (b, T), None without a teacher
-    logp_old: Tensor | None = None  # (b, T)
-    gap: Tensor | None = None  # (b, T)
+    advantage: Tensor  # (b,)
+    logp_teacher: Tensor | None  # (b, T), None without a teacher
+    logp_old: Tensor  # (b, T)
+    gap: Tensor  # (b, T)
 
 
 @torch.no_grad()
 def score(policy: Policy, batch: Batch, examples: list[tasks.Example], advantage: Tensor,
           cfg: Config) -> list[Experience]:
     """Log-probs of the sampled tokens under pi_old, pi_ref and T, and the gap, in micro-batches.
-
-    `examples` and `advantage` are of the B rows. The teacher reads the hint before the same ids.
-    """
+    P `examples`, `advantage` (B,). The teacher reads the hint before the same ids."""
+    k = len(advantage) // len(examples)
     parts = []
     for index in micro_batches(policy, batch, cfg.micro_tokens):
         some, logp_teacher = batch.rows(index), None
@@ -460,7 +436,7 @@ def score(policy: Policy, batch: Batch, examples: list[tasks.Example], advantage
         logp_old = log_probs(policy, policy.student, some, cfg.temperature)
         if has_teacher(cfg):
             teacher, role = policy.teacher
-            hinted = [tasks.privileged_prompt(examples[i]) for i in index.tolist()]
+            hinted = [tasks.privileged_prompt(examples[i // k]) for i in index.tolist()]
             hinted = replace(some, contexts=[teacher.encode(prompt) for prompt in hinted])
             logp_teacher = log_probs(teacher, role, hinted, cfg.temperature)
         parts.append(Experience(some, index, hidden_ref, advantage[index], logp_teacher, logp_old,
@@ -482,7 +458,7 @@ def log_probs(policy: Policy, role: Role, batch: Batch, temperature: float) -> T
 def completion_hidden(policy: Policy, role: Role, batch: Batch) -> Tensor:
     """The hidden states that predict the N unmasked completion tokens under a role: (N, D)."""
     ids, positions, mask, predictors = one_row_per_prompt(policy, batch)
-    with adapters(policy.model, role):
+    with adapters(role):
         hidden = policy.model.base_model(ids, attention_mask=mask, position_ids=positions,
                                          use_cache=False).last_hidden_state  # (S, L, D)
     return hidden.flatten(0, 1).index_select(0, predictors)
@@ -510,10 +486,8 @@ GATES = {  # advantage (B,) -> gate (B,). A new one needs its name in the choice
 
 
 def dense_advantage(advantage: Tensor, gap: Tensor, cfg: Config) -> Tensor:
-    """The advantage of each answer (B,) and the hints at its tokens (B, T), in one (B, T).
-
-    Not normalised again: in a tied group that would blow small hints up to the size of a verdict.
-    """
+    """The advantage of each answer (B,) and the hints at its tokens (B, T), in one (B, T). Not
+    normalised again: in a tied group that would blow small hints up to the size of a verdict."""
     gate = GATES[cfg.gate](advantage)[:, None]
     return advantage[:, None] + cfg.teacher_coef * gate * gap  # Eq. 5
 
@@ -530,13 +504,10 @@ def token_terms(model: nn.Module, temperature: float, ids: Tensor, hidden: Tenso
     return torch.stack([logp.gather(-1, ids[:, None])[:, 0], kl, entropy])
 
 
-def vcopd_loss(terms: Tensor, part: Experience, kl_coef: float, tokens: int,
-               cfg: Config) -> tuple[Tensor, dict[str, Tensor]]:
+def vcopd_loss(terms: Tensor, part: Experience, kl_coef: float, tokens: int, cfg: Config) -> tuple:
     """The loss of one micro-batch and what to log. `terms` (3, b, T) are of `token_terms`.
-
     In the first epoch rho is 1. The *value* of the policy term is then minus the mean of A_dense:
-    near 0, as advantages are centred. Its gradient, -mean(A_dense grad log pi), is not.
-    """
+    near 0, as advantages are centred. Its gradient, -mean(A_dense grad log pi), is not."""
     logp, kl, entropy = terms
     mask, eps = part.batch.mask, cfg.ratio_clip
     assert logp.shape == mask.shape == part.logp_old.shape == part.gap.shape
@@ -552,9 +523,12 @@ def vcopd_loss(terms: Tensor, part: Experience, kl_coef: float, tokens: int,
     clipped = (objective < ratio * dense).float()
     hint = (dense - part.advantage[:, None]).abs()
     teacher_share = hint / (hint + part.advantage.abs()[:, None]).clamp(min=1e-12)
+    tied = (part.advantage == 0)[:, None]
     return loss, {"policy_loss": policy_loss, "kl": kl_mean, "entropy": entropy_mean,
                   "ratio_clipped": token_mean(clipped, mask, tokens),
-                  "teacher_share": token_mean(teacher_share, mask, tokens)}
+                  "teacher_share": token_mean(teacher_share, mask, tokens),
+                  "gap": token_mean(part.gap.abs(), mask, tokens),
+                  "gap_tied": token_mean(part.gap.abs() * tied, mask, tokens)}
 
 
 def token_mean(values: Tensor, mask: Tensor, tokens: int) -> Tensor:
@@ -564,9 +538,7 @@ def token_mean(values: Tensor, mask: Tensor, tokens: int) -> Tensor:
 
 def adapt_kl_coef(kl_coef: float, kl: float, cfg: Config) -> float:
     """Tighten the guard when the policy strays, relax it otherwise; 0 stays 0, switched off.
-
-    The rule is stationary when KL is above the target in 22 % of steps (1.2^.22 * .95^.78 = 1).
-    """
+    The rule is stationary when KL is above the target in 22 % of steps (1.2^.22 * .95^.78 = 1)."""
     adapted = kl_coef * (1.2 if kl > cfg.kl_target else 0.95)  # Eq. 9
     return min(max(adapted, 1e-4), 10.0) if kl_coef else 0.0
 
@@ -575,10 +547,8 @@ def adapt_kl_coef(kl_coef: float, kl: float, cfg: Config) -> float:
 
 @torch.no_grad()
 def refresh_replay(policy: Policy, anchors: list[tasks.Example], step: int, cfg: Config) -> Batch:
-    """The student's answers to anchor prompts: the best `replay_keep` of each skill, right or not.
-
-    Best by verifier score, and among equals by self-confidence (mean log-prob of a token).
-    """
+    """The student's answers to anchor prompts, right or not: the best `replay_keep` of each skill
+    by verifier score, and among equals by self-confidence (mean log-prob of a token)."""
     prompts = [policy.encode(example.prompt) for example in anchors]
     batch = sample(policy, policy.student, prompts, 1, cfg, seeded("replay", cfg.seed, step))
     verdicts = verify_all(tasks.verify_skill, anchors, policy.decode(batch))
@@ -595,56 +565,31 @@ def refresh_replay(policy: Policy, anchors: list[tasks.Example], step: int, cfg:
     return batch.rows(torch.tensor(kept))
 
 
-def nll_loss(policy: Policy, role: Role, batch: Batch, temperature: float, tokens: int) -> Tensor:
-    """Negative log-likelihood over `tokens`. differs: no PPO ratio, pi_old is long gone."""
-    logp = log_probs(policy, role, batch, temperature)
-    return -token_mean(logp, batch.mask, tokens)
-
-
 def total_loss(loss: Tensor | float, loss_replay: Tensor | float, share: float) -> Tensor:
     """The new task and old skills in one loss. Called once for each: only gradients are added."""
     return (1 - share) * loss + share * loss_replay  # Eq. 12
 
 
-# #############################################################################################
-#
-#   PART II - THE MACHINERY: what the method stands on
-#
-# #############################################################################################
-
-
-class RunError(Exception):
-    """Something a user can mend; shown as one sentence, exit code 2."""
-
-
-class NotFinite(RunError):
-    """A gradient with which no step can be taken."""
-
+# PART II - THE MACHINERY: what the method stands on ##########################################
 
 # Prompts as ids, padding, and randomness without a state =====================================
 
-
 def prompt_ids(tokenizer, prompt: str) -> list[int]:
-    """A user message in the model's chat template as ids, with exactly one BOS token.
-
-    Templates write the BOS themselves, or leave it to the tokenizer; some models have none. A
-    prompt that spells a special token stands aside while the template writes its own.
-    """
-    spells = any(token.special and token.content in prompt
-                 for token in tokenizer.added_tokens_decoder.values())
-    message = "\ufffc" if spells else prompt
-    text = message + "\n"
+    """A user message in the model's chat template as ids, with exactly one BOS token."""
+    text = "\ufffc\n"  # where the prompt will stand
     if tokenizer.chat_template is not None:
         text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True,
+            [{"role": "user", "content": "\ufffc"}], tokenize=False, add_generation_prompt=True,
             enable_thinking=False)  # Qwen3: the answer at once
-    pieces = [tokenizer(piece, add_special_tokens=False).input_ids
-              for piece in (text.split(message) if spells else [text])]
-    ids, *others = pieces
-    for piece in others:
-        ids = ids + plain_ids(tokenizer, prompt) + piece
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    if any(name in prompt for name in special):  # a user's text cannot make special tokens
+        before, after = (tokenizer(piece, add_special_tokens=False).input_ids
+                         for piece in text.split("\ufffc"))
+        ids = before + plain_ids(tokenizer, prompt) + after
+    else:
+        ids = tokenizer(text.replace("\ufffc", prompt), add_special_tokens=False).input_ids
     own = tokenizer("").input_ids[:1]  # what the tokenizer itself begins with
-    missing = own == [tokenizer.bos_token_id] and ids[:1] != own
+    missing = own == [tokenizer.bos_token_id] and ids[:1] != own  # some templates write it, too
     return own + ids if missing else ids
 
 
@@ -675,26 +620,23 @@ def seeded(*name) -> torch.Generator:
 
 # LoRA: named low-rank updates of every linear layer ==========================================
 
-
 class LoRALinear(nn.Module):
     """A frozen linear layer with named low-rank updates: y = W x + (alpha / r) B A x.
-
-    Hu et al. 2021, arXiv:2106.09685. Held in float32, applied in the dtype of x, as by autocast.
-    """
+    Hu et al. 2021, arXiv:2106.09685. Held in float32, applied in the dtype of x, as by autocast."""
+    active: Role = BASE  # the names that are switched on, in all layers at once
 
     def __init__(self, base: nn.Module):
         super().__init__()
-        self.base = base
+        self.base = base  # nn.Linear, GPT-2's Conv1D, or NF4Linear
+        self.shape = base.weight.shape[::-1] if hasattr(base, "nf") else base.weight.shape
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
         self.scale: dict[str, float] = {}
-        self.active: Role = BASE
 
     def put(self, name: str, a: Tensor, b: Tensor, scale: float) -> None:
-        """Hold an adapter: A (r, in), B (out, r), and what their product is multiplied by."""
-        device = next(iter(self.base.state_dict().values())).device
-        self.lora_A[name] = nn.Parameter(a.to(device))
-        self.lora_B[name] = nn.Parameter(b.to(device))
-        self.scale[name] = scale
+        """Hold a frozen adapter: A (r, in), B (out, r), and what their product is multiplied by."""
+        device, self.scale[name] = next(iter(self.base.state_dict().values())).device, scale
+        self.lora_A[name] = nn.Parameter(a.to(device), requires_grad=False)
+        self.lora_B[name] = nn.Parameter(b.to(device), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
@@ -702,13 +644,6 @@ class LoRALinear(nn.Module):
             a, b = self.lora_A[name].to(x.dtype), self.lora_B[name].to(x.dtype)
             y = y.add(F.linear(F.linear(x, a), b), alpha=self.scale[name])
         return y
-
-
-def linear_shape(layer: nn.Module) -> tuple[int, int]:
-    """(out, in) of a linear layer, and of GPT-2's Conv1D."""
-    if hasattr(layer, "nf"):
-        return layer.nf, layer.nx
-    return layer.out_features, layer.in_features
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -730,32 +665,22 @@ def add_adapter(model: nn.Module, name: str, rank: int, alpha: float, seed: int)
     """A new adapter of every wrapped layer: A Kaiming uniform, B zero, so it changes nothing."""
     generator = seeded("adapter", name, seed)
     for layer in lora_layers(model).values():
-        out_features, in_features = linear_shape(layer.base)
-        bound = 1 / math.sqrt(in_features)
-        a = torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
-        layer.put(name, a, torch.zeros(out_features, rank), alpha / rank)
+        (rows, columns), bound = layer.shape, 1 / math.sqrt(layer.shape[1])
+        a = torch.empty(rank, columns).uniform_(-bound, bound, generator=generator)
+        layer.put(name, a, torch.zeros(rows, rank), alpha / rank)
 
 
-def adapter_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
-    """The trainable A and B of one adapter."""
-    layers = lora_layers(model).values()
-    return [p for layer in layers for p in (layer.lora_A[name], layer.lora_B[name])]
-
-
-def freeze(model: nn.Module, name: str) -> None:
-    """Train this adapter no more."""
-    for parameter in adapter_parameters(model, name):
-        parameter.requires_grad_(False)
+def adapter_optimizer(model: nn.Module, name: str, lr: float) -> torch.optim.Optimizer:
+    """Adam for the A and B of one adapter, which from now on have gradients."""
+    return torch.optim.Adam([weights[name].requires_grad_() for layer in lora_layers(model).values()
+                             for weights in (layer.lora_A, layer.lora_B)], lr=lr)
 
 
 # Reading, drawing and scoring tokens =========================================================
 
-
 def read_tokens(policy: Policy, ids: Tensor, seen: Tensor, cache=None) -> tuple:
     """The last hidden state (B, D) of ids (B, L) behind a cache, and the cache with them.
-
-    `seen` is False on padding, in the cache and in the ids.
-    """
+    `seen` is False on padding, in the cache and in the ids."""
     positions = (seen.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
     out = policy.model.base_model(ids, attention_mask=seen.long(), position_ids=positions,
                                   past_key_values=cache, use_cache=True)
@@ -763,10 +688,7 @@ def read_tokens(policy: Policy, ids: Tensor, seen: Tensor, cache=None) -> tuple:
 
 
 def draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
-    """One token for each row: logits (B, V) -> (B,). Temperature 0 is greedy.
-
-    The nucleus is the smallest set of most likely tokens whose probability reaches top_p.
-    """
+    """One token of the nucleus for each row: logits (B, V) -> (B,). Temperature 0 is greedy."""
     if temperature == 0:
         return logits.argmax(-1)
     probs = full = F.softmax(logits.float() / temperature, -1)
@@ -803,10 +725,7 @@ def packs(batch: Batch, most: int) -> list[list[int]]:
 
 
 def one_row_per_prompt(policy: Policy, batch: Batch) -> tuple[Tensor | None, ...]:
-    """Ids (S, L), positions (S, L), attention mask, and the N places (in S * L) that predict.
-
-    Padding stands on the right of a causal model, so no real token sees it.
-    """
+    """Ids (S, L), positions (S, L), attention mask, and the N places (in S * L) that predict."""
     answers, rows = batch.answers(), []
     for pack in packs(batch, policy.pack):
         ids = list(batch.contexts[pack[0]])
@@ -822,7 +741,7 @@ def one_row_per_prompt(policy: Policy, batch: Batch) -> tuple[Tensor | None, ...
     ids, positions, owners = (pad([row[column] for row in rows], value)[0].to(policy.device)
                               for column, value in ((0, policy.pad_id), (1, 0), (2, -1)))
     places = [i * ids.shape[1] + place for i, row in enumerate(rows) for place in row[3]]
-    mask = None  # a causal model's own
+    mask = None  # a causal model's own: padding stands on the right, so no token sees it
     if len(rows) < len(answers):  # an answer sees the prompt and itself: (S, 1, L, L)
         seen = (owners[:, :, None] == owners[:, None, :]) | (owners[:, None, :] == 0)
         mask = torch.zeros(seen.shape, dtype=policy.model.dtype, device=policy.device)
@@ -844,14 +763,9 @@ def micro_batches(policy: Policy, batch: Batch, most: int) -> list[Tensor]:
     return [torch.tensor([i for pack in members for i in pack]) for members in [*found, members]]
 
 
-LOGITS = 2**22  # held at one time, so that (B, T, V) never exists
-
-
 def on_tokens(policy: Policy, terms, temperature: float, batch: Batch, *hidden: Tensor) -> Tensor:
     """Apply `terms(model, temperature, ids, *hidden)` to the N unmasked tokens: -> (..., B, T).
-
-    Some tokens at a time, and once more in the backward pass. Padding is 0.
-    """
+    Some tokens at a time, and once more in the backward pass. Padding is 0."""
     size = max(1, LOGITS // policy.model.config.vocab_size)
     chunks = [checkpoint(terms, policy.model, temperature, *chunk, use_reentrant=False)
               for chunk in zip(*(t.split(size) for t in (batch.completion[batch.mask], *hidden)),
@@ -863,7 +777,6 @@ def on_tokens(policy: Policy, terms, temperature: float, batch: Batch, *hidden: 
 
 # Imitation, the step of the optimiser, and what a training step reports ======================
 
-
 def solution_batch(policy: Policy, examples: list[tasks.Example]) -> Batch:
     """Reference answers, each ending in the stop token, as a batch to imitate."""
     stop = int(policy.stop_ids[0])
@@ -872,310 +785,209 @@ def solution_batch(policy: Policy, examples: list[tasks.Example]) -> Batch:
     return Batch([policy.encode(e.prompt) for e in examples], completion, mask)
 
 
-def imitate(policy: Policy, role: Role, batch: Batch, tokens: int,
-            micro_tokens: int, temperature: float = 1.0, share: float = 1.0) -> float:
-    """Add up the gradients of a share of the NLL over `tokens`; returns the NLL."""
-    value = 0.0
-    for index in micro_batches(policy, batch, micro_tokens):
-        loss = nll_loss(policy, role, batch.rows(index), temperature, tokens)
-        total_loss(0.0, loss, share).backward()
-        value += loss.item()
+def imitate(policy: Policy, role: Role, batch: Batch, cfg: Config, temperature: float = 1.0,
+            share: float = 1.0) -> float:
+    """Add up the gradients of a share of the batch's negative log-likelihood; returns the NLL."""
+    value, tokens = 0.0, over_ranks(int(batch.mask.sum()))
+    for part in (batch.rows(index) for index in micro_batches(policy, batch, cfg.micro_tokens)):
+        logp = log_probs(policy, role, part, temperature)
+        nll = -token_mean(logp, part.mask, tokens)  # differs: no PPO ratio, pi_old is long gone
+        total_loss(0.0, nll, share).backward()
+        value += nll.item()
     return value
 
 
 def sft_step(policy: Policy, role: Role, examples: list[tasks.Example],
-             optimizer: torch.optim.Optimizer, cfg: Config) -> dict[str, float]:
-    """`epochs` optimiser steps towards the reference answers; returns what to log."""
+             optimizer: torch.optim.Optimizer, cfg: Config) -> tuple[dict[str, float], float]:
+    """`epochs` optimiser steps towards the reference answers; returns what `update` does."""
     batch = solution_batch(policy, examples)
-    tokens = over_ranks(int(batch.mask.sum()))
     for _ in range(cfg.epochs):
-        nll = imitate(policy, role, batch, tokens, cfg.micro_tokens)
+        nll = imitate(policy, role, batch, cfg)
         grad_norm = optimizer_step(optimizer, cfg)
-    return {"nll": over_ranks(nll), "grad_norm": grad_norm, "tokens": tokens}
+    return {"nll": nll, "tokens": int(batch.mask.sum())}, grad_norm
 
 
 def train_format(policy: Policy, task: tasks.Task, cfg: Config) -> None:
     """Step 1: one low-rate epoch of SFT on an adapter that is then frozen, part of pi_ref."""
     add_adapter(policy.model, "format", cfg.format_rank, cfg.format_rank, cfg.seed)
     policy.reference = (*policy.reference, "format")
-    optimizer = torch.optim.Adam(adapter_parameters(policy.model, "format"), lr=cfg.format_lr)
-    examples = task.train[:cfg.format_examples]
-    order = torch.randperm(len(examples), generator=seeded("format", cfg.seed)).tolist()
-    last = len(order) - world() + 1  # every rank needs an example
-    for i in progress(range(0, last, cfg.prompts), "Step 1: format"):
-        some = [examples[j] for j in order[i:i + cfg.prompts]][rank()::world()]
+    optimizer = adapter_optimizer(policy.model, "format", cfg.format_lr)
+    count = min(cfg.format_examples, len(task.train))
+    order = torch.randperm(count, generator=seeded("format", cfg.seed)).tolist()
+    for i in progress(range(0, count, cfg.prompts), "Step 1: format"):
+        some = [task.train[j] for j in order[i:i + cfg.prompts]]
         sft_step(policy, policy.reference, some, optimizer, replace(cfg, epochs=1))
-    freeze(policy.model, "format")
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.requires_grad_(False)
 
 
 def draw_replay(state: State, epoch: int, cfg: Config) -> Batch | None:
     """As many kept samples as make `replay_share` of the rows. Their weight is r in any case."""
     if state.replay is None:
         return None
-    rollouts = cfg.prompts * cfg.rollouts
-    count = max(world(), round(rollouts * cfg.replay_share / (1 - cfg.replay_share)))
+    count = round(cfg.prompts * cfg.rollouts * cfg.replay_share / (1 - cfg.replay_share))
     generator = seeded("mix", cfg.seed, state.step, epoch)
-    index = torch.randint(len(state.replay.contexts), (count,), generator=generator)
-    return state.replay.rows(index[rank()::world()])
+    return state.replay.rows(torch.randint(len(state.replay.contexts), (max(1, count),),
+                                           generator=generator))
 
 
 def optimizer_step(optimizer: torch.optim.Optimizer, cfg: Config) -> float:
-    """Clip the gradient, take the step; its norm. Raises NotFinite instead, also of such a loss."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for p in parameters if world() > 1 else ():
-        dist.all_reduce(p.grad)
+    """Clip the gradient, take the step; its norm. Raises FloatingPointError unless it is finite."""
+    parameters = optimizer.param_groups[0]["params"]
+    for parameter in parameters if dist.is_initialized() else ():
+        dist.all_reduce(parameter.grad)
     norm = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm or math.inf).item()
     if not math.isfinite(norm):
-        rate = optimizer.param_groups[0]["lr"]
-        raise NotFinite(f"the gradient is {norm}, so no step was taken: "
-                        f"start a new run with a lower learning rate (now {rate:g})")
+        raise FloatingPointError(f"the gradient is {norm}: start a new run with a lower --lr")
     optimizer.step()
     optimizer.zero_grad()
     return norm
 
 
-@contextlib.contextmanager
-def naming_prompts(policy: Policy, task: tasks.Task, state: State, out: Path, cfg: Config):
-    """Let NotFinite name step and prompts; save the state before, unless an epoch changed it."""
-    try:
-        yield
-    except NotFinite as error:
-        taken = max((int(m["step"]) for m in state.optimizer.state.values()), default=0)
-        if taken == state.step * cfg.epochs:
-            on_rank_0(save_checkpoint, out / "checkpoint", policy, state)
-        ids = ", ".join(example.id for example in examples_at(task, state.step, cfg))
-        raise NotFinite(f"step {state.step + 1}, on the examples {ids}: {error}; "
-                        f"--resume {out} leads here again") from None
-
-
 def rollout_metrics(policy: Policy, batch: Batch, verdicts: list[tasks.Verdict],
-                    parts: list[Experience], cfg: Config) -> dict:
-    """What verifier and teacher said. In tied groups hints alone teach: their mean |D| is apart."""
-    reward = torch.tensor([float(v.reward) for v in verdicts]).view(-1, cfg.rollouts)
-    tied = (reward.amax(1) == reward.amin(1)).repeat_interleave(cfg.rollouts)
-    stopped = (torch.isin(batch.completion, policy.stop_ids) & batch.mask).any(1).cpu()
-    hints, lengths = torch.zeros(len(tied)), batch.mask.sum(1).cpu()
-    for part in parts:
-        hints[part.index] = part.gap.abs().sum(1).cpu()
-    table = torch.stack([tied, stopped, lengths, lengths * tied, hints, hints * tied]).double()
-    tied, stopped, tokens, tokens_tied, hints, hints_tied = over_ranks(table.sum(1)).tolist()
-    verdicts = over_ranks(verdicts)
-    reasons = Counter(v.reason.split(":")[0].rstrip(" 0123456789") for v in verdicts)
-    count = len(verdicts)
+                    cfg: Config) -> dict:
+    """What this device adds to the step's shares of answers, and to its counts."""
+    count = cfg.prompts * cfg.rollouts
+    groups = [verdicts[i:i + cfg.rollouts] for i in range(0, len(verdicts), cfg.rollouts)]
+    stopped = (torch.isin(batch.completion, policy.stop_ids) & batch.mask).any(1)
     return {"reward": sum(v.reward for v in verdicts) / count,
             "pass_rate": sum(v.passed for v in verdicts) / count,
             "format_rate": sum(v.formatted for v in verdicts) / count,
-            "truncated": 1 - stopped / count, "tied_rollouts": tied / count, "tokens": int(tokens),
-            "gap_tied": hints_tied / max(1, tokens_tied),
-            "gap_untied": (hints - hints_tied) / max(1, tokens - tokens_tied),
-            "reasons": dict(sorted(reasons.items()))}
-
-
-def sample_records(step: int, examples: list, answers: list[str], verdicts: list,
-                   advantage: Tensor) -> list[dict]:
-    """Rollouts as people read them in samples.jsonl."""
-    return [{"step": step, "id": example.id, "prompt": example.prompt, "answer": answer,
-             "reward": verdict.reward, "reason": verdict.reason, "advantage": a.item()}
-            for example, answer, verdict, a in zip(examples, answers, verdicts, advantage,
-                                                   strict=False)]
+            "truncated": int((~stopped).sum()) / count,
+            "tied_rollouts": sum(len({v.reward for v in g}) == 1 for g in groups) / cfg.prompts,
+            "tokens": int(batch.mask.sum()),
+            "reasons": Counter(v.reason.split(":")[0].rstrip(" 0123456789") for v in verdicts)}
 
 
 # Several devices: torchrun --nproc_per_node N vcopd.py ... ===================================
-#
-# Each process ("rank") holds the whole model and samples its share of a step's prompts. Losses are
-# divided by the token count of all ranks: gradients and metrics are summed, and weights, optimiser,
-# beta and replay pool are the same everywhere. Rank 0 evaluates and writes.
-
-
-def rank() -> int:
-    """The number of this process, from 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world() -> int:
-    """How many processes there are."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def join_ranks(cfg: Config) -> None:
-    """Meet the other processes, if torchrun started this one. Raises RunError."""
-    if not dist.is_torchelastic_launched():
-        return
-    count, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
-    cuda = cfg.device != "cpu" and torch.cuda.is_available()
-    if (cfg.prompts % count or cfg.device not in ("auto", "cuda", "cpu")
-            or cuda and local >= torch.cuda.device_count()):
-        raise RunError(f"torchrun started {count} processes: --prompts {cfg.prompts} must be a "
-                       f"multiple of that, --device {cfg.device} cuda or cpu, and every process "
-                       "needs a GPU of its own with cuda")
-    if cuda:
-        torch.cuda.set_device(local)
-    # others wait while rank 0 evaluates; when a process dies, torchrun ends them all
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=30))
-    if rank() > 0:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  rank 0 speaks for all
-
+# Each process ("rank") holds the whole model and samples its share of the prompts. Gradients and
+# metrics are summed. All ranks evaluate alike; what those above 0 print or write is thrown away.
 
 def over_ranks(value):
-    """The sum of a number or tensor over all ranks; of lists, one behind the other."""
-    if world() == 1:
+    """The sum over ranks of a number, or of dicts, key by key."""
+    if not dist.is_initialized():
         return value
-    boxes: list = [None] * world()
+    boxes: list = [None] * dist.get_world_size()
     dist.all_gather_object(boxes, value)
-    return sum(boxes[1:], boxes[0])
+    if isinstance(value, dict):
+        return {key: sum((box[key] for box in boxes[1:]), boxes[0][key]) for key in value}
+    return sum(boxes)
 
 
-def on_rank_0(function, *args):
-    """What the function returns on rank 0, where alone it is called: the others wait for it."""
-    box = [function(*args) if rank() == 0 else None]
-    if world() > 1:
-        dist.broadcast_object_list(box)
-    return box[0]
+def join_ranks(cfg: Config) -> Config:
+    """Meet the other processes, if torchrun started this one; its Config. Raises RunError."""
+    if not dist.is_torchelastic_launched():
+        return cfg
+    rank, world, local = (int(os.environ[n]) for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    cuda = cfg.device != "cpu" and torch.cuda.is_available()
+    if cfg.prompts % world or ":" in cfg.device or cuda and local >= torch.cuda.device_count():
+        raise RunError(f"torchrun started {world} processes: --prompts {cfg.prompts} must be a "
+                       "multiple of that, --device cuda or cpu, and each needs a GPU with cuda")
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        join_ranks.aside = tempfile.TemporaryDirectory()  # goes with this process
+        if Path(cfg.out).exists():
+            shutil.copytree(cfg.out, join_ranks.aside.name, dirs_exist_ok=True)
+        cfg = replace(cfg, out=join_ranks.aside.name)
+    if cuda:
+        torch.cuda.set_device(local)
+    dist.init_process_group("nccl" if cuda else "gloo")  # waits for all
+    return cfg
 
 
 # From the command line to a Config ===========================================================
 
-COMMANDS = {  # what does not train one model, and the options that contradict it
-    "eval_only": ("method", "steps", "merge"), "check": ("merge",), "inspect": ("merge",),
-    "bench": ("merge",), "compare": ("method", "merge", "split"), "ablations": ("method", "merge")}
-
-
-def usage_error(message: str) -> None:
-    """One sentence on the error stream, exit code 2."""
-    print(one_line(f"{message} (see --help)"), file=sys.stderr)
-    sys.exit(2)
-
-
-def one_line(message: object) -> str:
-    """An error as users see it, whatever line breaks the names in it bring along."""
-    return f"vcopd.py: {' '.join(str(message).split())}"
-
-
 def read_config(arguments: list[str]) -> tuple[Config, bool]:
     """Defaults, then the presets of model, task and method, then what was said; resuming?"""
-    said = vars(build_parser().parse_args(arguments))
-    for name, value in said.items():
-        if why := fault_in(name, value):
-            usage_error(why)
+    parser = build_parser()
+    said = vars(parser.parse_args(arguments))
+    for option in (f for f in fields(Config) if f.name in said):
+        low, value, high = option.metadata["low"], said[option.name], option.metadata["high"]
+        if type(value) in (int, float) and not low <= value <= high:
+            parser.error(f"{flag(option.name)} is {value}: give a number from {low} to {high}")
     if "resume" in said:
-        return saved_config(said.pop("resume"), said), True
+        return saved_config(parser, said.pop("resume"), said), True
+    method = METHODS[said.get("method", Config.method)]
     tiny = TINY if said.get("model", Config.model) == "tiny" else {}
     preset = tasks.PRESETS.get(said.get("task", Config.task), {})
-    method = METHODS[said.get("method", Config.method)]
     cfg = Config(**{**tiny, **preset, **method, **said})
-    commands = [name for name in COMMANDS if getattr(cfg, name)]
-    ruled = dict.fromkeys(method, f"--method {cfg.method}")
-    for command in commands:
-        ruled |= dict.fromkeys({*COMMANDS, *COMMANDS[command]} - {command}, flag(command))
-    for name in said.keys() & ruled.keys():
-        usage_error(f"{flag(name)} contradicts {ruled[name]}, which settles it: leave one out")
+    command = next((name for name in COMMANDS if getattr(cfg, name)), "")
+    for name in said.keys() & method.keys():
+        parser.error(f"{flag(name)} contradicts --method {cfg.method}: leave one out")
+    if "method" in said and (cfg.compare or cfg.ablations):
+        parser.error(f"--method contradicts {flag(command)}, which chooses it: leave one out")
+    if command and dist.is_torchelastic_launched():
+        parser.error(f"torchrun trains one model: start {flag(command)} with python")
     if cfg.task != "codeedit" and (cfg.data or cfg.eval_data):
-        usage_error(f"--data and --eval-data are code edits: leave them out with --task {cfg.task}")
+        parser.error(f"--data and --eval-data are code edits: leave out --task {cfg.task}")
     if not has_teacher(cfg) and (cfg.blind or cfg.inspect or cfg.compare):
-        usage_error("--method opd, --inspect and --compare need a teacher's hints: leave out "
-                    "--teacher none, --teacher-coef 0 and methods without a teacher")
-    if cfg.rollouts == 1 and not cfg.eval_only and (
-            cfg.compare or not has_teacher(cfg) and not cfg.imitate):
-        usage_error("--rollouts 1 leaves no other answer to compare with, and no teacher hints: "
-                    "give at least 2")
-    kind = commands[0].removesuffix("_only") if commands else f"{cfg.method}-s{cfg.seed}"
+        parser.error("--method opd, --inspect and --compare need a teacher: name one")
+    if cfg.rollouts == 1 and not (cfg.eval_only or cfg.imitate or has_teacher(cfg)):
+        parser.error("--rollouts 1 leaves no other answer to compare with: give at least 2")
+    kind = command.removesuffix("_only") or f"{cfg.method}-s{cfg.seed}"
     return replace(cfg, out=cfg.out or f"runs/{cfg.task}-{kind}"), False
 
 
-def fault_in(name: str, value) -> str:
-    """Why an option cannot have this value, or ''."""
-    option = {option.name: option for option in fields(Config)}.get(name)
-    if option is None:  # --resume, --plot
-        return ""
-    meta, kind = option.metadata, type(option.default)
-    if type(value) is not kind or value not in (meta.get("choices") or [value]):
-        return f"{flag(name)} is {value!r}: give one of {meta.get('choices') or kind.__name__}"
-    if kind in (int, float) and not meta["low"] <= value <= meta["high"]:
-        return f"{flag(name)} is {value}: give a number from {meta['low']} to {meta['high']}"
-    return ""
-
-
-def saved_config(folder: str, said: dict) -> Config:
+def saved_config(parser: argparse.ArgumentParser, folder: str, said: dict) -> Config:
     """The Config of a run to go on with. What was said may only prolong or move it."""
     try:
-        values = json.loads((Path(folder) / "config.json").read_text("utf-8"))
-        saved = Config(**values)
-        for name, value in values.items():
-            if value != METHODS[saved.method].get(name) and (why := fault_in(name, value)):
-                raise ValueError(why)
-        if values.keys() != vars(saved).keys():
-            raise ValueError("it lacks options")
-    except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
-        usage_error(f"--resume {folder}: no run of this version can be read there ({error}): give "
-                    "the folder of a run, as --out named it")
-    if saved.eval_only:
-        usage_error(f"--resume {folder} holds an evaluation: give the folder of a training run")
-    for name, value in said.items():
-        if (name not in ("steps", "save_every", "device", "micro_tokens", "merge")
-                and value != getattr(saved, name)):
-            usage_error(f"{flag(name)} {value} would break the continuation of a run with "
-                        f"{getattr(saved, name)}: leave it out, or start a new run")
-    done = (Path(folder) / "report.json").exists() and "merge" not in said
-    if done and said.get("steps", 0) <= saved.steps:
-        print(f"The run in {folder} is finished: read report.json there, or train longer with "
-              f"--resume {folder} --steps N, N above {saved.steps}")
+        saved = Config(**json.loads(Path(folder, "config.json").read_text("utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        parser.error(f"--resume {folder} is no run of this version ({error}): give its --out")
+    for name in said.keys() - {"steps", "save_every", "device", "micro_tokens"}:
+        if said[name] != getattr(saved, name):
+            parser.error(f"{flag(name)} {said[name]} would break the continuation: leave it out")
+    if Path(folder, "report.json").exists() and said.get("steps", 0) <= saved.steps:
+        print(f"{folder} is finished: read report.json there, or add --steps above {saved.steps}")
         sys.exit(0)
     return replace(saved, **{**said, "out": folder})
 
 
-# #############################################################################################
-#
-#   PART III - RUNNING IT: models, evaluation, run folder, commands
-#
-# #############################################################################################
+# PART III - RUNNING IT: models, evaluation, run folder, commands ##############################
 
 # The built-in model: a small Llama that is pretrained on the spot ============================
 
-TINY_RECIPE = {"vocab": 768, "hidden": 128, "layers": 4, "heads": 4, "init": 0.06,
-               "documents": 12000, "steps": 700, "batch_tokens": 3200, "micro_tokens": 1024,
-               "lr": 3e-3, "seed": 1}
+RECIPE = {"vocab": 768, "documents": 12000, "steps": 700, "batch_tokens": 3200, "lr": 3e-3,
+          "seed": 1}
+SHAPE = {"hidden_size": 128, "intermediate_size": 341, "num_hidden_layers": 4,
+         "num_attention_heads": 4, "max_position_embeddings": 1024, "tie_word_embeddings": True,
+         "initializer_range": 0.06}  # 0.02 is for wide models: here copying emerges later
+SHORTER = {"arithmetic": {"steps": 350}}  # sums are short
 CHAT = "{% for m in messages %}<|user|>{{ m.content }}<|end|><|assistant|>{% endfor %}"
 
 
-def build_tiny(task: tasks.Task) -> Path:
+def build_tiny(task: tasks.Task) -> str:
     """The folder of the built-in model in the cache. The first call builds it. Raises RunError."""
-    enough = 350 if task.name == "arithmetic" else math.inf  # sums are short
-    recipe = {**TINY_RECIPE, "steps": min(TINY_RECIPE["steps"], enough)}
-    rng = random.Random(recipe["seed"])
+    recipe, rng = {**RECIPE, **SHORTER.get(task.name, {})}, random.Random(RECIPE["seed"])
     documents = [tasks.web_document(task, rng) for _ in range(500)]  # tell one corpus from another
-    digest = hashlib.sha256(json.dumps([recipe, CHAT, documents]).encode()).hexdigest()[:12]
+    digest = hashlib.sha256(json.dumps([recipe, SHAPE, CHAT, documents]).encode()).hexdigest()[:12]
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "vcopd")
     folder = cache / f"tiny-{task.name}-{digest}"
-    if (folder / "config.json").exists():
-        return folder
+    if folder.exists():
+        return str(folder)
     print(f"Building the model tiny for {task.name}: a few minutes, once.", flush=True)
-    try:
+    with reading(cache, "it has to hold the model tiny: name another folder in XDG_CACHE_HOME"):
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache, ignore_cleanup_errors=True) as aside:
             documents += [tasks.web_document(task, rng) for _ in range(500, recipe["documents"])]
             policy = pretrain(documents, recipe)
             policy.model.save_pretrained(aside)
             policy.tokenizer.save_pretrained(aside)
-            os.rename(aside, folder)  # at the end: an interrupted build leaves no model
-    except OSError as error:
-        if not (folder / "config.json").exists():  # else another process was first
-            raise RunError(f"the cache {cache} cannot hold the model tiny ({error}): name another "
-                           "folder in XDG_CACHE_HOME") from None
-    return folder
+            if not folder.exists():  # else another process was first
+                os.rename(aside, folder)  # at the end: an interrupted build leaves no model
+    return str(folder)
 
 
 def train_tokenizer(texts: list[str], vocab: int):
     """A byte-level BPE, digits apart: any text can be written, none is unknown."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True),
-         pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    bpe, byte_level = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), byte_level])
     bpe.decoder = decoders.ByteLevel()
     bpe.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=vocab, special_tokens=["<|end|>", "<|user|>", "<|assistant|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+        initial_alphabet=byte_level.alphabet(), show_progress=False))
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>",
                                    pad_token="<|end|>", chat_template=CHAT)
 
@@ -1184,15 +996,11 @@ def pretrain(documents: list[tuple[str, str]], recipe: dict) -> Policy:
     """A small Llama, trained on the answers only: at this size, else copying never emerges."""
     from transformers import LlamaConfig, LlamaForCausalLM
     tokenizer = train_tokenizer([text for pair in documents for text in pair], recipe["vocab"])
-    width, stop = recipe["hidden"], tokenizer.eos_token_id
+    stop = tokenizer.eos_token_id
     torch.manual_seed(recipe["seed"])
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=width * 8 // 3,
-        num_hidden_layers=recipe["layers"], num_attention_heads=recipe["heads"],
-        initializer_range=recipe["init"],  # 0.02 is for wide models: here copying emerges later
-        max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None,
-        eos_token_id=stop, pad_token_id=stop))
-    policy = Policy(model, tokenizer, torch.tensor([stop]), stop)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, vocab_size=len(tokenizer), bos_token_id=None,
+                                         eos_token_id=stop, pad_token_id=stop))
+    policy, cfg = Policy(model, tokenizer, torch.tensor([stop]), stop), Config(micro_tokens=1024)
     corpus = solution_batch(policy, [tasks.Example("", *pair, "") for pair in documents])
     tokens = sum(map(len, corpus.contexts)) + int(corpus.mask.sum())
     size = recipe["batch_tokens"] * len(documents) // tokens  # rows of a batch
@@ -1202,63 +1010,61 @@ def pretrain(documents: list[tuple[str, str]], recipe: dict) -> Policy:
         schedule = min(1, (step + 1) / 50) * (0.05 + 0.95 * (1 - step / recipe["steps"]))
         optimizer.param_groups[0]["lr"] = recipe["lr"] * schedule
         batch = corpus.rows(torch.tensor(rng.choices(range(len(documents)), k=size)))
-        optimizer.zero_grad()
-        imitate(policy, BASE, batch, int(batch.mask.sum()), recipe["micro_tokens"])
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        imitate(policy, BASE, batch, cfg)
+        optimizer_step(optimizer, cfg)
     return policy
-
-
-def progress(items, what: str):
-    """A progress bar with the time left, where somebody is watching."""
-    return tqdm(items, what, file=sys.stdout, mininterval=1, disable=None, leave=False)
 
 
 # Real models: any causal LM, as student or as teacher, and adapters in PEFT's format =========
 
-RECOMPUTE_FROM = 300_000_000  # parameters: in larger models memory is dearer than time
+
+def load(cfg: Config) -> tuple[Policy, tasks.Task]:
+    """The policy, and the task without rows that it cannot read. Raises RunError."""
+    task = tasks.load_task(cfg)
+    policy = load_policy(cfg, task)
+    limit = min(getattr(reader.model.config, "max_position_embeddings", None) or math.inf
+                for reader in (policy, policy.teacher[0])) - cfg.max_new_tokens
+    return policy, tasks.fitting(task, limit, lambda prompt: len(policy.encode(prompt)),
+                                 cfg.skip_bad_rows or cfg.check)
 
 
 def load_policy(cfg: Config, task: tasks.Task | None) -> Policy:
     """A causal LM in all its roles, with a fresh policy adapter. Raises RunError."""
-    name = str(on_rank_0(build_tiny, task)) if cfg.model == "tiny" else cfg.model
-    base = adapter_settings(Path(name))["base_model_name_or_path"] if is_adapter(name) else name
-    policy = load_frozen(base, cfg)
-    if is_adapter(name):  # frozen like the format adapter: the reference is the model as given
+    name = build_tiny(task) if cfg.model == "tiny" else cfg.model
+    base = adapter_base(name)
+    policy = load_frozen(base or name, cfg)
+    if base:  # frozen like the format adapter: the reference is the model as given
         load_adapter(policy.model, "start", Path(name))
         policy.reference = ("start",)
     add_adapter(policy.model, "policy", cfg.lora_rank, cfg.lora_alpha, cfg.seed)
-    if has_teacher(cfg) and is_adapter(cfg.teacher):
+    if has_teacher(cfg) and adapter_base(cfg.teacher):
         load_adapter(policy.model, "specialist", Path(cfg.teacher))
-        policy.specialist = True
+        policy.specialist = ("specialist",)
     elif has_teacher(cfg) and cfg.teacher != "self":
         policy.stronger = load_frozen(cfg.teacher, cfg)
         if policy.stronger.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
-            raise RunError(f"--teacher {cfg.teacher} has another tokenizer than the student, and "
-                           "must know every token by the same id: give one of the same family")
+            raise RunError(f"--teacher {cfg.teacher} must know every token by the student's id")
     return policy
 
 
 def load_frozen(name: str, cfg: Config) -> Policy:
     """A causal LM and its tokenizer: frozen, wrapped in LoRA and checked. Raises RunError."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-    logging.disable_progress_bar()  # of reading files; downloads keep theirs
-    fastest = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    place = fastest if cfg.device == "auto" else cfg.device
-    try:
-        device = torch.empty(0, device=place).device
+    from transformers import AutoModelForCausalLM, AutoTokenizer, utils
+    utils.logging.disable_progress_bar()  # of reading files; downloads keep theirs
+    with reading(name, f"give a model that is whole, reachable and works on --device {cfg.device}"):
+        fastest = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+        device = torch.empty(0, device=fastest if cfg.device == "auto" else cfg.device).device
         bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = ("bfloat16" if bf16 else "float32") if cfg.dtype == "auto" else cfg.dtype
         model, info = AutoModelForCausalLM.from_pretrained(
             name, dtype=getattr(torch, dtype), trust_remote_code=False, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         if info["missing_keys"]:
-            raise RunError(f"it holds no weights for {min(info['missing_keys'])}")
-        large = sum(p.numel() for p in model.parameters()) >= RECOMPUTE_FROM
+            raise ValueError(f"it holds no weights for {min(info['missing_keys'])}")
+        large = model.num_parameters() >= 3e8  # there memory is dearer than time
         wrap_linears(model.eval())  # no dropout while scoring
-        if cfg.quantize == "nf4":
-            quantize_linears(model, device)
+        for layer in lora_layers(model).values() if cfg.quantize == "nf4" else ():
+            layer.base = NF4Linear(layer.base.to(device))  # one by one: the device holds no more
         if large or cfg.quantize == "nf4":  # else autograd keeps every dequantised weight
             recompute_layers(model)
         stops = stop_tokens(tokenizer, model.generation_config)
@@ -1268,91 +1074,66 @@ def load_frozen(name: str, cfg: Config) -> Policy:
         policy = Policy(model.to(device), tokenizer, torch.tensor(stops, device=device), pad_id,
                         pack=0 if alone else Policy.pack)
         self_check(policy)
-    except Exception as error:  # of any kind, where a file is damaged
-        why = (str(error) or repr(error)).splitlines()[0].rstrip(".")
-        raise RunError(f"{name} cannot be used on --device {place}: {why}; give a folder or a "
-                       "Hugging Face id that is whole and reachable, or tiny (if it is damaged, "
-                       "delete its folder: it is built again)") from None
     return policy
 
 
 def stop_tokens(tokenizer, generation_config) -> list[int]:
-    """Every id that ends an answer. SFT teaches the first: a chat's own end of turn."""
-    if tokenizer.eos_token_id is None:
-        raise RunError("its tokenizer has no end-of-sequence token, so no answer could end")
+    """Every id that ends an answer; SFT teaches the first."""
     others = generation_config.eos_token_id
     found = [tokenizer.eos_token_id, *(others if isinstance(others, list) else [others])]
-    if tokenizer.chat_template is not None:  # the special token that it writes behind an answer
-        chat = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]
-        text = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("ANSWER")[2]
-        special = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
-        first = tokenizer(text, add_special_tokens=False).input_ids[:1]
-        found = [i for i in first if i in special] + found
+    if found[0] is None:
+        raise ValueError("its tokenizer has no end-of-sequence token, so no answer could end")
     return list(dict.fromkeys(i for i in found if i is not None))
 
 
 @torch.no_grad()
 def self_check(policy: Policy) -> None:
-    """Raise RunError unless sampling and scoring can rely on the model.
-
-    Its own logits, against `head` of the hidden states: for a prompt with padding on its left and
-    another token on its right, and for an answer that shares its prompt with another answer.
-    """
-    ids = policy.encode("Hello")
-    row = torch.tensor([[policy.pad_id, *ids, ids[0]]], device=policy.device)
-    seen = torch.ones_like(row)
-    seen[0, 0] = 0
-    out = policy.model.base_model(row, attention_mask=seen, use_cache=False,
-                                  position_ids=(seen.cumsum(1) - 1).clamp(min=0))
+    """Raise ValueError unless sampling and scoring, padded and packed, give the model's logits."""
+    ids, model = policy.encode("Hello"), policy.model
+    padded = pad([ids, [*ids, ids[0]]], policy.pad_id, left=True)
+    read, _ = read_tokens(policy, *(part.to(policy.device) for part in padded))
     answers = torch.tensor([ids[:1] * 2, ids[-1:] * 2], device=policy.device)  # (2, 2)
     batch = Batch([ids] * 2, answers, torch.ones_like(answers, dtype=torch.bool))
-    shared = completion_hidden(policy, BASE, batch)
-    for context, hidden in ((ids, out.last_hidden_state[0, -2]), ([*ids, ids[-1]], shared[-1])):
-        own = policy.model(torch.tensor([context], device=policy.device)).logits[0, -1].float()
-        error = ((head(policy.model, hidden).float() - own).abs().max() / own.abs().max()).item()
-        if not error <= (1e-3 if policy.model.dtype == torch.float32 else 0.05):  # bf16 has 8 bits
-            raise RunError(f"the architecture {policy.model.config.model_type} is not supported: "
-                           f"its logits differ from head(hidden states) by {error:.0%} (scaled "
-                           "logits, odd positions, attention to later tokens, or an own mask)")
+    shared = completion_hidden(policy, BASE, batch)  # (4, D)
+    for context, hidden in ((ids, read[0]), (ids, shared[0]), ([*ids, ids[-1]], shared[3])):
+        own = model(torch.tensor([context], device=policy.device)).logits[0, -1].float()
+        error = ((head(model, hidden).float() - own).abs().max() / own.abs().max()).item()
+        if not error <= (1e-3 if model.dtype == torch.float32 else 0.05):  # bf16 has 8 bits
+            raise ValueError(f"{model.config.model_type} is not supported: its logits differ by "
+                             f"{error:.0%} from head(hidden states), padded and packed")
 
 
 def recompute_layers(model: nn.Module) -> None:
     """Let each decoder layer keep its input only: a third more work, far less memory."""
     from transformers.modeling_layers import GradientCheckpointingLayer
+
+    def recomputed(forward, *inputs, **options):
+        if not torch.is_grad_enabled():
+            return forward(*inputs, **options)
+        now = adapters(LoRALinear.active)  # by the time of backward, `with` is over
+        return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False,
+                          context_fn=lambda: (contextlib.nullcontext(), now), **options)
+
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
-            layer.forward = partial(recomputed, model, layer.forward)
-
-
-def recomputed(model: nn.Module, forward, *inputs, **options):
-    """A forward pass that backward repeats, with the adapters of now: by then `with` is over."""
-    if not torch.is_grad_enabled():
-        return forward(*inputs, **options)
-    active = next(iter(lora_layers(model).values())).active
-    return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False,
-                      context_fn=lambda: (contextlib.nullcontext(), adapters(model, active)),
-                      **options)
+            layer.forward = partial(recomputed, layer.forward)
 
 
 NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
        -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
        0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
-BLOCK = 64  # weights that share a scale
 
 
 class NF4Linear(nn.Module):
     """A frozen linear layer in 4 bits (Dettmers et al. 2023, arXiv:2305.14314).
-
-    Row by row, each 64 weights: the nearest codes to w / max |w|, two in a byte, and max |w|.
-    """
+    Row by row, each 64 weights: the nearest codes to w / max |w|, two in a byte, and max |w|."""
 
     def __init__(self, base: nn.Linear):
         super().__init__()
-        self.out_features, self.in_features = base.weight.shape
-        self.bias, self.dtype = base.bias, base.weight.dtype
+        self.size, self.bias, self.dtype = base.weight.shape, base.bias, base.weight.dtype
         flat = base.weight.detach().float().flatten()
-        blocks = F.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
+        blocks = F.pad(flat, (0, -len(flat) % 64)).view(-1, 64)
         absmax = blocks.abs().amax(1, keepdim=True)
         codes = torch.tensor(NF4, device=flat.device)
         middles = (codes[1:] + codes[:-1]) / 2
@@ -1362,80 +1143,45 @@ class NF4Linear(nn.Module):
         self.register_buffer("absmax", absmax)  # (weights / 64, 1)
         self.register_buffer("pairs", torch.cartesian_prod(codes, codes))  # (256, 2) of a byte
 
-    @property
-    def weight(self) -> Tensor:
-        """The dequantised weights, (out, in) in the dtype they had."""
-        values = F.embedding(self.packed.int(), self.pairs).view(-1, BLOCK) * self.absmax
-        size = self.out_features * self.in_features
-        return values.flatten()[:size].view(self.out_features, -1).to(self.dtype)
-
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        values = F.embedding(self.packed.int(), self.pairs).view(-1, 64) * self.absmax
+        weight = values.flatten()[:self.size.numel()].view(self.size).to(self.dtype)
+        return F.linear(x, weight, self.bias)
 
 
-def quantize_linears(model: nn.Module, device: torch.device) -> None:
-    """Wrapped layers in NF4, one by one: the device never holds them all. Raises RunError."""
-    for path, layer in lora_layers(model).items():
-        if type(layer.base) is not nn.Linear:
-            raise RunError(f"--quantize nf4 needs plain linear layers, and {path} is none")
-        layer.base = NF4Linear(layer.base.to(device))
-
-
-def is_adapter(name: str) -> bool:
-    """Is it a folder that PEFT has written?"""
-    return (Path(name) / "adapter_config.json").exists()
-
-
-def adapter_settings(folder: Path) -> dict:
-    """The adapter_config.json of a plain LoRA. Raises RunError for anything else, by its name.
-
-    Most variants leave weights of their own, which `load_adapter` refuses.
-    """
-    plain = {"peft_type": ["LORA"], "init_lora_weights": [None, True, False, "gaussian", "eva"]}
-    plain |= dict.fromkeys(("alpha_pattern", "use_qalora", "arrow_config"), [None, False, {}])
-    with reading(folder / "adapter_config.json", "give the folder of a LoRA adapter of PEFT"):
-        settings = json.loads((folder / "adapter_config.json").read_text("utf-8"))
-        settings |= {"r": int(settings["r"]), "lora_alpha": float(settings["lora_alpha"]),
-                     "base_model_name_or_path": str(settings["base_model_name_or_path"])}
-        odd = [key for key, values in plain.items() if settings.get(key) not in values]
-    if odd:
-        raise RunError(f"{folder} is not plain LoRA: {odd[0]} is {settings[odd[0]]!r}, which is "
-                       "not supported")
-    return settings
+def adapter_base(name: str) -> str:
+    """The base model of an adapter that PEFT has written, '' if that is none. Raises RunError."""
+    found = Path(name, "adapter_config.json")
+    with reading(found, "give the whole folder of a plain LoRA adapter of PEFT"):
+        return read_json(found)["base_model_name_or_path"] if found.exists() else ""
 
 
 def load_adapter(model: nn.Module, name: str, folder: Path) -> None:
-    """A PEFT LoRA folder as a frozen adapter. Raises RunError where it does not fit.
-
-    Layers that it leaves out, or adapts at a lower rank, are filled up with zeros.
-    """
+    """A plain LoRA of PEFT as a frozen adapter, filled up with zeros. Raises RunError."""
     from safetensors.torch import load_file
-    settings = adapter_settings(folder)
-    with reading(folder / "adapter_model.safetensors", "give the whole folder of an adapter"):
+    with reading(folder, "give the whole folder of a plain LoRA adapter of this very model"):
+        settings = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+        for key in ("alpha_pattern", "use_qalora", "arrow_config", "init_lora_weights"):
+            if settings.get(key) not in (None, True, False, {}, "gaussian", "eva"):
+                raise ValueError(f"{key} is {settings[key]!r}")  # others leave odd weights
         weights = load_file(folder / "adapter_model.safetensors")
-    rank = max((len(w) for key, w in weights.items() if ".lora_A." in key), default=1)
-    for path, layer in lora_layers(model).items():
-        out_features, in_features = linear_shape(layer.base)
-        a = weights.pop(f"base_model.model.{path}.lora_A.weight", torch.zeros(0, in_features))
-        b = weights.pop(f"base_model.model.{path}.lora_B.weight", torch.zeros(out_features, 0))
-        own = len(a)
-        if a.shape != (own, in_features) or b.shape != (out_features, own):
-            raise RunError(f"{folder} was made for another model: {path} has other sizes here")
-        divisor = math.sqrt(own) if settings.get("use_rslora") else own
-        layer.put(name, F.pad(a.float(), (0, 0, 0, rank - own)),
-                  F.pad(b.float(), (0, rank - own)), settings["lora_alpha"] / max(divisor, 1))
-    if weights:
-        raise RunError(f"{folder} adapts {min(weights)}, which is no linear layer of attention or "
-                       "MLP here")
-    freeze(model, name)
+        rank = max(len(w) for key, w in weights.items() if ".lora_A." in key)
+        for path, layer in lora_layers(model).items():
+            (rows, columns), key = layer.shape, f"base_model.model.{path}.lora_"
+            a = weights.pop(f"{key}A.weight", torch.zeros(0, columns)).float()
+            b = weights.pop(f"{key}B.weight", torch.zeros(rows, 0)).float()
+            if a.shape[1] != columns or b.shape != (rows, own := len(a)):
+                raise ValueError(f"{path} has other sizes here")
+            divisor = max(1, own) ** (0.5 if settings.get("use_rslora") else 1)
+            layer.put(name, F.pad(a, (0, 0, 0, rank - own)), F.pad(b, (0, rank - own)),
+                      settings["lora_alpha"] / divisor)
+        if weights:
+            raise ValueError(f"{min(weights)} is of no linear layer of attention or MLP here")
 
 
 @torch.no_grad()
 def export_adapter(folder: Path, policy: Policy) -> None:
-    """The student as one adapter in PEFT's format.
-
-    A sum of low-rank updates is one update of the summed rank: [s1 B1, s2 B2] [A1; A2].
-    """
+    """The student as one adapter for PEFT: a sum of updates is [s1 B1, s2 B2] [A1; A2]."""
     from safetensors.torch import save
     layers, names, weights = lora_layers(policy.model), policy.student, {}
     for path, layer in layers.items():
@@ -1452,129 +1198,82 @@ def export_adapter(folder: Path, policy: Policy) -> None:
         "target_modules": sorted({path.split(".")[-1] for path in layers})})
 
 
-@torch.no_grad()
-def export_merged(folder: Path, policy: Policy) -> None:
-    """The student as a plain model with its tokenizer: W + s B A in the dtype of W."""
-    layers = lora_layers(policy.model)
-    wrapped = tuple(f"{path}." for path in layers)
-    state = {k: w for k, w in policy.model.state_dict().items() if not k.startswith(wrapped)}
-    for path, layer in layers.items():
-        weight, bias = layer.base.weight, layer.base.bias
-        change = sum(layer.scale[n] * layer.lora_B[n] @ layer.lora_A[n] for n in policy.student)
-        change = change.T if hasattr(layer.base, "nf") else change
-        state[f"{path}.weight"] = (weight.float() + change).to(weight.dtype).cpu()
-        state |= {} if bias is None else {f"{path}.bias": bias}
-    policy.model.save_pretrained(folder, state_dict=state)
-    policy.tokenizer.save_pretrained(folder)
-
-
 # Evaluation and verdict. It draws from its own generators: training never notices ============
-
-SLICE = 256  # answers that are sampled at one time
-PASS_K = 4  # k of pass@k: a constant, so that runs with other --rollouts can be compared
-
 
 def mean(values) -> float:
     """Arithmetic mean; 0 of nothing."""
     values = list(values)
-    return sum(values) / len(values) if values else 0.0
+    return sum(values) / max(1, len(values))
 
 
-def first_split(scores: dict):
-    """What belongs to the split that the verdict is about."""
-    return next(iter(scores.values()))
-
-
-def answers_to(policy: Policy, role: Role, examples: list, k: int, temperature: float,
-               cfg: Config) -> tuple[list[Batch], list[str]]:
-    """K answers to each example, example-major: as batches of ids, and as one list of texts."""
-    cfg, size = replace(cfg, temperature=temperature, top_p=1.0), max(1, SLICE // k)
+def answer(policy: Policy, role: Role, examples: list, k: int, temperature: float, cfg: Config,
+           verify) -> tuple[list[Batch], list[str], list[tasks.Verdict]]:
+    """K answers to each example, example-major: as batches of ids, as texts, and their verdicts."""
+    cfg, size = replace(cfg, temperature=temperature, top_p=1.0), max(1, 256 // k)
     batches = []
     for i in range(0, len(examples), size):
         prompts = [policy.encode(example.prompt) for example in examples[i:i + size]]
         batches.append(sample(policy, role, prompts, k, cfg, seeded("evaluation", i)))
-    return batches, [text for batch in batches for text in policy.decode(batch)]
+    texts = [text for batch in batches for text in policy.decode(batch)]
+    return batches, texts, verify_all(verify, examples, texts)
 
 
-def greedy_verdicts(policy: Policy, role: Role, examples: list, verify,
-                    cfg: Config) -> list[tasks.Verdict]:
-    """What the verifier says of the most likely answer to each example."""
-    return verify_all(verify, examples, answers_to(policy, role, examples, 1, 0.0, cfg)[1])
-
-
-def few(task: tasks.Task, cfg: Config) -> list[tasks.Example]:
-    """Validation problems for a look that steers a run: it sees no problem of the report."""
-    return task.validation[0][:min(64, cfg.eval_problems)]
-
-
-def probe(policy: Policy, task: tasks.Task, cfg: Config) -> float:
-    """The student's greedy pass rate on a few validation problems, while training runs."""
-    verdicts = greedy_verdicts(policy, policy.student, few(task, cfg), task.verify, cfg)
-    return mean(verdict.passed for verdict in verdicts)
+def look(policy: Policy, task: tasks.Task, cfg: Config) -> dict[str, float]:
+    """The student on a few validation problems: what steers a run sees no problem of the report."""
+    new, old = (examples[:min(64, cfg.eval_problems)] for examples in task.validation)
+    found = answer(policy, policy.student, new, 1, 0.0, cfg, task.verify)[2]
+    skills = answer(policy, policy.student, old, 1, 0.0, cfg, tasks.verify_skill)[2]
+    return {"eval_pass": mean(v.passed for v in found), "eval_old": mean(v.reward for v in skills),
+            "eval_format": mean(v.formatted for v in found)}
 
 
 @torch.no_grad()
-def kl_and_entropy(policy: Policy, p: Role, q: Role, batches: list[Batch],
-                   cfg: Config) -> tuple[float, float]:
-    """KL(p || q) and entropy of p, nats per token, exact over the vocabulary at temperature 1.
-
-    `batches` are samples of p at temperature 1, so the states are those that p visits.
-    """
+def kl_and_entropy(policy: Policy, p: Role, q: Role, batches: list[Batch], cfg: Config) -> list:
+    """KL(p || q) and entropy of p, exact, nats per token, on samples of p at temperature 1."""
     sums, tokens = torch.zeros(2), sum(int(batch.mask.sum()) for batch in batches)
     for part in (b.rows(i) for b in batches for i in micro_batches(policy, b, cfg.micro_tokens)):
         hidden = [completion_hidden(policy, role, part) for role in (p, q)]
         sums += on_tokens(policy, token_terms, 1.0, part, *hidden)[1:].sum((1, 2)).cpu()
-    kl, entropy = (sums / max(1, tokens)).tolist()
-    return kl, entropy
+    return (sums / max(1, tokens)).tolist()
 
 
-def split_scores(policy: Policy, task: tasks.Task, role: Role, examples: list,
-                 cfg: Config) -> tuple[dict, list[Batch]]:
-    """Scores on one set of problems, and k samples of each at temperature 1.
-
-    Edit metrics are means over samples that pass, None without: a failing edit repairs nothing.
-    """
-    _, texts = answers_to(policy, role, examples, 1, 0.0, cfg)
-    passes = [int(verdict.passed) for verdict in verify_all(task.verify, examples, texts)]
-    batches, samples = answers_to(policy, role, examples, PASS_K, 1.0, cfg)
-    verdicts = verify_all(task.verify, [e for e in examples for _ in range(PASS_K)], samples)
-    groups = [verdicts[i:i + PASS_K] for i in range(0, len(verdicts), PASS_K)]
-    scores = {"pass@1": mean(passes), "pass@k": mean(any(v.passed for v in g) for g in groups),
+def split_scores(policy: Policy, task: tasks.Task, role: Role, split: str, cfg: Config) -> tuple:
+    """Scores on one set of problems, and k samples of each at temperature 1."""
+    examples = task.evals[split]
+    _, texts, greedy = answer(policy, role, examples, 1, 0.0, cfg, task.verify)
+    batches, _, verdicts = answer(policy, role, examples, PASS_K, 1.0, cfg, task.verify)
+    solved = [v.passed for v in verdicts]
+    scores = {"pass@1": mean(v.passed for v in greedy),
+              "pass@k": mean(any(solved[i:i + PASS_K]) for i in range(0, len(solved), PASS_K)),
               "reward": mean(v.reward for v in verdicts),
               "format": mean(v.formatted for v in verdicts)}
     for name in task.edit_metrics:
-        values = [v.metrics[name] for v in verdicts if v.passed]
-        scores[name] = mean(values) if values else None
-    return {**scores, "passes": passes, "answers": texts}, batches
+        # of samples that pass: a failing edit repairs nothing
+        scores[name] = mean(v.metrics[name] for v in verdicts if v.passed) if any(solved) else None
+    return {**scores, "passes": [int(v.passed) for v in greedy], "answers": texts}, batches
 
 
 def evaluate(policy: Policy, task: tasks.Task, role: Role, cfg: Config) -> dict:
-    """All that the report says of one role; `passes` and `answers` are per problem.
-
-    KL is in nats per token. Training does not change the teacher: it is not measured again then.
-    """
-    scores, batches = {}, {}
-    for split, examples in task.evals.items():
-        scores[split], batches[split] = split_scores(policy, task, role,
-                                                     examples[:cfg.eval_problems], cfg)
-    verdicts = greedy_verdicts(policy, role, task.benchmark, tasks.verify_skill, cfg)
-    old = [(example.skill, v.reward) for example, v in zip(task.benchmark, verdicts, strict=True)]
+    """All that the report says of one role; `passes` and `answers` are per problem, KL in nats."""
+    found = {split: split_scores(policy, task, role, split, cfg) for split in task.evals}
+    scores = {split: numbers for split, (numbers, _) in found.items()}
+    problems, visited = task.evals["in_domain"], found["in_domain"][1]
+    verdicts = answer(policy, role, task.benchmark, 1, 0.0, cfg, tasks.verify_skill)[2]
+    old = [(e.skill, v.reward) for e, v in zip(task.benchmark, verdicts, strict=True)]
     scores["general"] = {"mean": mean(reward for _, reward in old), **{
-        skill: mean(reward for name, reward in old if name == skill) for skill in dict(old)}}
-    problems, visited = first_split(task.evals)[:cfg.eval_problems], first_split(batches)
-    from_base, _ = answers_to(policy, BASE, problems, 1, 1.0, cfg)
-    anchors, _ = answers_to(policy, role, task.anchors, 1, 1.0, cfg)
+        skill: mean(reward for other, reward in old if other == skill) for skill in dict(old)}}
+    from_base = answer(policy, BASE, problems, 1, 1.0, cfg, task.verify)[0]
+    anchors = answer(policy, role, task.anchors, 1, 1.0, cfg, tasks.verify_skill)[0]
     scores["kl_to_base"], scores["entropy"] = kl_and_entropy(policy, role, BASE, visited, cfg)
     scores["kl_from_base"], _ = kl_and_entropy(policy, BASE, role, from_base, cfg)
     scores["kl_to_reference"], _ = kl_and_entropy(policy, role, policy.reference, visited, cfg)
     _, scores["entropy_anchors"] = kl_and_entropy(policy, role, BASE, anchors, cfg)
     readers = {"pass@1_with_hint": (policy, role)}
-    if has_teacher(cfg) and role != policy.student:
+    if has_teacher(cfg) and role != policy.student:  # training does not change the teacher
         readers["pass@1_of_teacher"] = policy.teacher
     hinted = [replace(e, prompt=tasks.privileged_prompt(e)) for e in problems]
     for name, reader in readers.items():
-        verdicts = greedy_verdicts(*reader, hinted, task.verify, cfg)
-        scores[name] = mean(verdict.passed for verdict in verdicts)
+        scores[name] = mean(v.passed for v in answer(*reader, hinted, 1, 0.0, cfg, task.verify)[2])
     return scores
 
 
@@ -1586,43 +1285,38 @@ def paired_bootstrap(before: list[int], after: list[int]) -> tuple[float, float]
     return float(low), float(high)
 
 
-def judge_run(before: dict, after: dict, edit_metrics: tuple, cfg: Config) -> dict:
+def judge_run(before: dict, after: dict, cfg: Config) -> dict:
     """Improved only if every condition of the essay holds. Each shows its numbers."""
-    old, new = first_split(before), first_split(after)
+    old, new, kl = before["in_domain"], after["in_domain"], after["kl_to_base"]
     low, high = paired_bootstrap(old["passes"], new["passes"])
-    general, kl = (before["general"]["mean"], after["general"]["mean"]), after["kl_to_base"]
+    was, now = before["general"]["mean"], after["general"]["mean"]
     on_task, on_anchors = (after[name] / before[name] if before[name] else 1.0  # without anchors
                            for name in ("entropy", "entropy_anchors"))
-    found = {
-        "pass rate up": (low > 0, f"{old['pass@1']:.3f} -> {new['pass@1']:.3f}, 95 % interval of "
+    found = [
+        ("pass rate up", low > 0, f"{old['pass@1']:.3f} -> {new['pass@1']:.3f}, 95 % interval of "
                                   f"the change [{low:+.3f}, {high:+.3f}]"),
-        "general benchmark kept": (general[1] - general[0] >= -0.02,
-                                   "{:.3f} -> {:.3f}, may fall by 0.02".format(*general)),
-        "KL within budget": (kl <= cfg.kl_budget, f"{kl:.4f} of {cfg.kl_budget} nats/token"),
-        "entropy kept": (on_task >= 0.3 and on_anchors >= 0.8,
-                         f"x{on_task:.2f} on the task (at least 0.3), "
-                         f"x{on_anchors:.2f} on anchors (at least 0.8)")}
-    if "excess_edit" in edit_metrics:
-        edits = [old["excess_edit"], new["excess_edit"]]
-        shown = ["nothing passes" if edit is None else f"{edit:.4f}" for edit in edits]
-        found["extra edits not up"] = (None in edits or edits[1] <= edits[0], " -> ".join(shown))
-    return {"improved": all(holds for holds, _ in found.values()),
+        ("general benchmark kept", now - was >= -0.02, f"{was:.3f} -> {now:.3f}, may fall by 0.02"),
+        ("KL within budget", kl <= cfg.kl_budget, f"{kl:.4f} of {cfg.kl_budget} nats/token"),
+        ("entropy kept", on_task >= 0.3 and on_anchors >= 0.8, f"x{on_task:.2f} on the task (at "
+                         f"least 0.3), x{on_anchors:.2f} on anchors (at least 0.8)")]
+    edits = old.get("excess_edit"), new.get("excess_edit")
+    if None not in edits:  # not so where nothing passes, or where nothing is edited
+        found += [("extra edits not up", edits[1] <= edits[0], "{:.4f} -> {:.4f}".format(*edits))]
+    return {"improved": all(holds for _, holds, _ in found),
             "conditions": {name: {"holds": bool(holds), "numbers": numbers}
-                           for name, (holds, numbers) in found.items()}}
+                           for name, holds, numbers in found}}
 
 
 # The run folder: config, metrics, samples, checkpoint, adapter, report; and the log ==========
 
-
 @contextlib.contextmanager
-def reading(path: Path, advice: str):
+def reading(path: Path | str, advice: str):
     """Where something is missing, damaged or foreign, raise RunError instead of what it raises."""
     try:
         yield
-    except RunError:
-        raise
     except Exception as error:  # of any kind, where a file is damaged
-        raise RunError(f"{path} cannot be used ({error!r}): {advice}") from None
+        why = (str(error) or repr(error)).splitlines()[0].rstrip(".")
+        raise RunError(f"{path} cannot be used ({why}): {advice}") from None
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -1650,14 +1344,6 @@ def read_json(path: Path):
         return json.loads(f"[{','.join(text.splitlines())}]" if path.suffix == ".jsonl" else text)
 
 
-def append_jsonl(path: Path, records: list[dict]) -> None:
-    """One object a line, on the disk before a checkpoint can say that the step was taken."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def save_checkpoint(folder: Path, policy: Policy, state: State) -> None:
     """All that training changes, and how long the .jsonl files are. Generators have no state."""
     weights, buffer = policy.model.state_dict(), io.BytesIO()
@@ -1669,13 +1355,14 @@ def save_checkpoint(folder: Path, policy: Policy, state: State) -> None:
     write_atomic(folder / "state.pt", buffer.getvalue())
 
 
-def load_checkpoint(folder: Path, policy: Policy, state: State, cfg: Config) -> dict[str, int]:
-    """Put the saved state back; returns the sizes for `rewind`. Raises RunError."""
+def load_checkpoint(folder: Path, policy: Policy, state: State, cfg: Config) -> None:
+    """Put back the saved state, and the .jsonl files as they were then. Raises RunError."""
     with reading(folder, "resume with what the run was started with, or start a new one"):
         saved = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        if saved["step"] > cfg.steps:
+            raise ValueError(f"step {saved['step']} is saved, beyond --steps {cfg.steps}")
         if "format" in saved["reference"]:
             add_adapter(policy.model, "format", cfg.format_rank, cfg.format_rank, cfg.seed)
-            freeze(policy.model, "format")
         policy.reference = saved["reference"]
         found = policy.model.load_state_dict(saved["adapters"], strict=False)
         if other := [*found.unexpected_keys, *(k for k in found.missing_keys if ".lora_" in k)]:
@@ -1684,156 +1371,43 @@ def load_checkpoint(folder: Path, policy: Policy, state: State, cfg: Config) -> 
         state.step, state.kl_coef, state.before = (saved[n] for n in ("step", "kl_coef", "before"))
         state.replay = saved["replay"] and Batch(saved["replay"]["contexts"], *(
             saved["replay"][name].to(policy.device) for name in ("completion", "mask")))
-    if state.step > cfg.steps:
-        raise RunError(f"--steps {cfg.steps} is over: step {state.step} is saved, give at least it")
-    return saved["sizes"]
+        for name, size in saved["sizes"].items():
+            if (folder.parent / name).stat().st_size < size:
+                raise ValueError(f"{name} lacks steps")
+            os.truncate(folder.parent / name, size)
 
 
-def holds_run(out: Path, cfg: Config) -> bool:
-    """Is this very run in the folder? Raises RunError where there is another."""
-    if not any(out.glob("*.json*")):
-        return False
-    with reading(out / "config.json", "give another --out, or delete the folder"):
-        if {**json.loads((out / "config.json").read_text("utf-8")), "out": cfg.out} != asdict(cfg):
-            raise RunError(f"{out} holds a run of other options: give another --out, or delete it")
-    return True
+def holds_run(cfg: Config) -> bool:
+    """Is this very run in its folder? Raises RunError where there is another."""
+    found = Path(cfg.out, "config.json")
+    if found.exists() and {**read_json(found), "out": cfg.out} != asdict(cfg):
+        raise RunError(f"{cfg.out} holds a run of other options: give another --out, or delete it")
+    return found.exists()
 
 
-def rewind(out: Path, sizes: dict[str, int], cfg: Config) -> None:
-    """The run folder as it was when its files had these sizes. Raises RunError."""
-    (out / "report.json").unlink(missing_ok=True)
-    write_json(out / "config.json", asdict(cfg))
-    for name, size in sizes.items():
-        with open(out / name, "ab") as file:
-            if file.tell() < size:
-                raise RunError(f"{out / name} lacks steps of the checkpoint: start a new run")
-            file.truncate(size)
+def ask_to_stop(state: State, *signal_and_frame) -> None:
+    """Ctrl-C and SIGTERM while training: stop after this step; the second one stops at once."""
+    if state.stopping and not dist.is_initialized():  # torchrun passes one Ctrl-C on twice
+        raise KeyboardInterrupt
+    state.stopping += 1
+    os.write(2, b"\nStopping after this step.\n")  # print may be busy
 
 
-class StopRequest:
-    """Ctrl-C and SIGTERM as a request to stop after the step; a second one stops at once."""
-
-    asked = False
-
-    def __enter__(self) -> StopRequest:
-        self.handlers = {number: signal.signal(number, self.ask)
-                         for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *error) -> None:
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-
-    def ask(self, *signal_and_frame) -> None:
-        """The signal handler. torchrun passes one Ctrl-C on more than once, so it only asks."""
-        if self.asked and world() == 1:
-            raise KeyboardInterrupt
-        self.asked = True
-        os.write(2, b"\nStopping after this step; once more stops at once.\n")  # print may be busy
-
-
-COLUMNS = {"step": "5.0f", "reward": "8.3f", "pass_rate": "9.2f", "format_rate": "11.2f",
-           "tied_rollouts": "13.2f", "kl": "8.4f", "kl_coef": "8.4f", "entropy": "8.3f",
-           "teacher_share": "13.3f", "nll": "8.3f", "eval_pass": "9.2f", "seconds": "7.1f"}
-PATIENCE = 20  # steps in a row until a warning
-
-
-class Log:
-    """What rank 0 writes of each step: to metrics.jsonl, samples.jsonl and the terminal."""
-
-    def __init__(self, out: Path, cfg: Config):
-        self.out, self.cfg = out, cfg
-        self.recent, self.warned = deque(maxlen=PATIENCE), set()
-        print(" ".join(f"{name:>{form.split('.')[0]}}" for name, form in COLUMNS.items()))
-
-    def write(self, metrics: dict, samples: list[dict], seconds: float) -> None:
-        """Append a step; a column that its method does not have stays blank."""
-        if rank() > 0:
-            return
-        append_jsonl(self.out / "metrics.jsonl", [metrics])
-        append_jsonl(self.out / "samples.jsonl", samples)
-        shown = {**metrics, "seconds": seconds}
-        print(" ".join(f"{shown[name]:{form}}" if name in shown else " " * int(form.split(".")[0])
-                       for name, form in COLUMNS.items()), flush=True)
-        self.recent.append(metrics)
-        for warning in warnings_of(list(self.recent), self.cfg) - self.warned:
-            print(f"Warning: {warning}", flush=True)
-            self.warned.add(warning)
-
-
-def warnings_of(recent: list[dict], cfg: Config) -> set[str]:
-    """What has been wrong in each of the last PATIENCE steps, and what to do about it."""
-    found, full = set(), len(recent) == PATIENCE
-    if full and min(m.get("kl", 0.0) for m in recent) > 3 * cfg.kl_budget:
-        found.add(f"KL has been over 3 times --kl-budget for {PATIENCE} steps: the model forgets. "
-                  "Start anew with a lower --lr, a higher --kl-coef or fewer --steps")
-    if full and not cfg.blind and min(m.get("tied_rollouts", 0.0) for m in recent) == 1:
-        found.add(f"no group has had a better and a worse answer for {PATIENCE} steps: take easier "
-                  "or harder problems, more --rollouts, a higher --temperature")
-    return found
+def log_step(out: Path, metrics: dict, samples: list[dict], seconds: float) -> None:
+    """Append to metrics.jsonl and samples.jsonl, and print what the method has of COLUMNS."""
+    for name, records in (("metrics.jsonl", [metrics]), ("samples.jsonl", samples)):
+        with open(out / name, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+            file.flush()
+            os.fsync(file.fileno())  # before a checkpoint can say that the step was taken
+    shown = {n: f"{v:.3g}" for n, v in {**metrics, "seconds": seconds}.items() if n in COLUMNS}
+    names = [name for name in COLUMNS if name in shown or name.startswith("eval_")]
+    if metrics["step"] % 20 == 1:
+        print("".join(f"{COLUMNS[name]:>8}" for name in names))
+    print("".join(f"{shown.get(name, ''):>8}" for name in names), flush=True)
 
 
 # A whole run, and what the terminal shows of it ==============================================
-
-
-def load_task(cfg: Config) -> tuple[tasks.Task, int]:
-    """The task with the user's data files in place of its own, and how many rows are left out.
-
-    Without --skip-bad-rows and --check, the first row that cannot work raises LoadError.
-    """
-    task, rows, refused = tasks.TASKS[cfg.task](), {}, 0
-    for name, load in (("data", tasks.load_edits), ("eval_data", tasks.load_edits),
-                       ("benchmark", tasks.load_benchmark)):
-        if path := getattr(cfg, name):
-            bad = [] if cfg.skip_bad_rows or cfg.check else None
-            rows[name] = load(path, bad)
-            if bad is not None:
-                print(f"{path}: {len(rows[name])} rows work, {len(bad)} are left out",
-                      *(bad if cfg.check else bad[:1]), sep="\n    ")
-                refused += len(bad)
-    problems, old_skills = rows.get("eval_data", task.validation[0]), task.validation[1]
-    task = replace(task, train=rows.get("data", task.train), validation=(problems, old_skills),
-                   evals={"eval_data": problems} if cfg.eval_data else task.evals,
-                   benchmark=rows.get("benchmark", task.benchmark))
-    if cfg.split == "validation":
-        task = replace(task, evals={"validation": problems}, benchmark=old_skills)
-    stride = math.ceil(len(task.benchmark) / cfg.eval_problems) or 1  # some of every skill
-    return replace(task, benchmark=task.benchmark[::stride]), refused
-
-
-def fit_task(policy: Policy, task: tasks.Task, cfg: Config) -> tasks.Task:
-    """The task, where prompt and answer fit what the model reads. Tells of too long references.
-
-    Raises RunError for a row that does not fit, or leaves it out with --skip-bad-rows.
-    """
-    limit = min(getattr(reader.model.config, "max_position_embeddings", None) or math.inf
-                for reader in (policy, policy.teacher[0]))
-    rows = [example for part in (task.train, *task.evals.values()) for example in part]
-    sizes = solution_batch(policy, rows).mask.sum(1).tolist()
-    if cfg.check or max(sizes) > cfg.max_new_tokens:
-        print(f"{sum(size > cfg.max_new_tokens for size in sizes)} of {len(rows)} references are "
-              f"longer than --max-new-tokens {cfg.max_new_tokens}; the longest, of "
-              f"{rows[np.argmax(sizes)].id}, has {max(sizes)} tokens")
-    parts = {"train": task.train, "validation": task.validation[0]} if not cfg.eval_only else {}
-    parts |= {**task.evals, **({"benchmark": task.benchmark} if task.benchmark else {})}
-    for split, examples in parts.items():
-        hinted = split in task.evals or split == "train" and has_teacher(cfg)
-        sizes = [max(len(policy.encode(prompt)) for prompt in
-                     (e.prompt, tasks.privileged_prompt(e))[:1 + hinted]) for e in examples]
-        parts[split] = [e for e, size in zip(examples, sizes, strict=True)
-                        if size + cfg.max_new_tokens <= limit]
-        left_out = len(examples) - len(parts[split])
-        told = (f"{split}: the longest prompt, of {examples[np.argmax(sizes)].id}, has "
-                f"{max(sizes)} tokens, and with --max-new-tokens {cfg.max_new_tokens} it must fit "
-                f"into the {limit} that the model reads")
-        if left_out and not (parts[split] and (cfg.skip_bad_rows or cfg.check)):
-            raise RunError(f"{told}: lower that, shorten the prompt, or give --skip-bad-rows")
-        if left_out or cfg.check:
-            print(f"{told}: {left_out} of {len(examples)} rows are left out")
-    return replace(task, train=parts.get("train", []), benchmark=parts.get("benchmark", []),
-                   validation=(parts.get("validation", []), task.validation[1]),
-                   evals={split: parts[split] for split in task.evals})
-
 
 def examples_at(task: tasks.Task, step: int, cfg: Config) -> list[tasks.Example]:
     """The P examples of a step: every epoch is a new shuffle, known from the seed alone."""
@@ -1847,13 +1421,12 @@ def examples_at(task: tasks.Task, step: int, cfg: Config) -> list[tasks.Example]
 def environment(policy: Policy) -> dict:
     """What a result depends on besides the code, and what of the model is trained."""
     import transformers
-    model, beyond = policy.model, Counter()  # layers that LoRA cannot wrap: experts, convolutions
-    wrapped = {id(p) for layer in lora_layers(model).values() for p in layer.parameters()}
+    model, beyond = policy.model, Counter()  # experts, convolutions: matrices without LoRA
+    reached = {id(p) for layer in lora_layers(model).values() for p in layer.parameters()}
     for module in model.base_model.modules():
-        matrices = [p.numel() for p in module.parameters(recurse=False)
-                    if p.dim() > 1 and id(p) not in wrapped]
-        if matrices and not isinstance(module, nn.Embedding):
-            beyond[type(module).__name__] += sum(matrices)
+        if not isinstance(module, nn.Embedding):
+            beyond[type(module).__name__] += sum(p.numel() for p in module.parameters(recurse=False)
+                                                 if p.dim() > 1 and id(p) not in reached)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     packed = sum(2 * m.packed.numel() for m in model.modules() if isinstance(m, NF4Linear))
     return {"python": sys.version.split()[0], "torch": torch.__version__,
@@ -1861,82 +1434,70 @@ def environment(policy: Policy) -> dict:
             "dtype": str(model.dtype), "threads": torch.get_num_threads(),
             "trained_parameters": trained,
             "frozen_parameters": sum(p.numel() for p in model.parameters()) - trained + packed,
-            "out_of_reach_of_lora": dict(beyond),
-            "judge": tasks.judge_layers()}
+            "out_of_reach_of_lora": dict(+beyond), "judge": tasks.judge_layers()}
 
 
 def start(policy: Policy, task: tasks.Task, state: State, out: Path, cfg: Config) -> None:
     """Begin a run: Step 1 if the format needs it, the scores of the base, checkpoint 0."""
-    on_rank_0(shutil.rmtree, out / "checkpoint", True)
-    on_rank_0(rewind, out, {"metrics.jsonl": 0, "samples.jsonl": 0}, cfg)
-    given, looks = policy.reference, few(task, cfg)
-    verdicts = on_rank_0(greedy_verdicts, policy, given, looks, task.verify, cfg)
-    rate = mean(verdict.formatted for verdict in verdicts)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        (out / name).write_bytes(b"")
+    given, rate = policy.reference, look(policy, task, cfg)["eval_format"]
     if rate < cfg.format_threshold:
-        print(f"Step 1: {rate:.0%} of the answers are well-formed, below --format-threshold "
-              f"{cfg.format_threshold:.0%}: format SFT first", flush=True)
+        print(f"Step 1: {rate:.0%} of the answers are well-formed: format SFT first", flush=True)
         train_format(policy, task, cfg)
-        verdicts = on_rank_0(greedy_verdicts, policy, policy.reference, looks, task.verify, cfg)
-        print(f"Step 1: now {mean(verdict.formatted for verdict in verdicts):.0%} are")
+        print(f"Step 1: now {look(policy, task, cfg)['eval_format']:.0%} are")
     print("Evaluating the base ...", flush=True)
-    state.before = on_rank_0(evaluate, policy, task, given, cfg)
-    on_rank_0(save_checkpoint, out / "checkpoint", policy, state)
+    state.before = evaluate(policy, task, given, cfg)
+    save_checkpoint(out / "checkpoint", policy, state)
 
 
-def finish(policy: Policy, task: tasks.Task, state: State, out: Path, cfg: Config) -> dict:
-    """Score and export the trained student; show two problems that it learnt; the verdict."""
-    print("Evaluating the student ...", flush=True)
-    before, after = state.before, evaluate(policy, task, policy.student, cfg)
-    after |= {key: before[key] for key in before.keys() - after.keys()}  # that of the teacher
-    export_adapter(out / "adapter", policy)
-    if cfg.merge:
-        export_merged(Path(cfg.merge), policy)
-    old, new = first_split(before), first_split(after)
-    learnt = [i for i, passed in enumerate(new["passes"]) if passed > old["passes"][i]]
-    for i in learnt[:2]:
-        example = first_split(task.evals)[i]
-        shown = (example.buggy or example.prompt).splitlines()
-        for when, scores in (("before", old), ("after", new)):
-            lines = difflib.unified_diff(shown, scores["answers"][i].splitlines(), "problem",
-                                         "answer", lineterm="", n=9)
-            print(f"\nHeld-out problem {example.id}, {when}:")
-            print("\n".join(lines) or "(the problem, unchanged)")
-    return {"before": before, "after": after,
-            "verdict": judge_run(before, after, task.edit_metrics, cfg)}
-
-
-def run(cfg: Config, resuming: bool, task: tasks.Task) -> dict:
+def run(cfg: Config, resuming: bool) -> dict:
     """One whole run, or one evaluation, in the folder `cfg.out`; its report. Raises RunError."""
     started, out = time.perf_counter(), Path(cfg.out)
-    if cfg.merge and any(Path(cfg.merge).glob("*")):
-        raise RunError(f"--merge {cfg.merge} is not empty: name a new folder")
-    policy = load_policy(cfg, task)
-    task, facts = fit_task(policy, task, cfg), environment(policy)
+    policy, task = load(cfg)
+    facts = environment(policy)
     print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
     out.mkdir(parents=True, exist_ok=True)
-    optimizer = torch.optim.Adam(adapter_parameters(policy.model, "policy"), lr=cfg.lr)
-    state = State(optimizer, cfg.kl_coef)
+    (out / "report.json").unlink(missing_ok=True)
+    write_json(out / "config.json", asdict(cfg))
     if cfg.eval_only:
-        on_rank_0(write_json, out / "config.json", asdict(cfg))
-        report = {"scores": on_rank_0(evaluate, policy, task, policy.reference, cfg)}
+        report = {"scores": evaluate(policy, task, policy.reference, cfg)}
+        print_table({name: [flat(scores)] for name, scores in report.items()})
     else:
+        state = State(adapter_optimizer(policy.model, "policy", cfg.lr), cfg.kl_coef)
         if resuming and (out / "checkpoint" / "state.pt").exists():
-            sizes = load_checkpoint(out / "checkpoint", policy, state, cfg)
-            on_rank_0(rewind, out, sizes, cfg)
-            print(f"resuming after step {state.step}")
+            load_checkpoint(out / "checkpoint", policy, state, cfg)
         else:
             start(policy, task, state, out, cfg)
-        train(policy, task, state, out, cfg)
-        report = on_rank_0(finish, policy, task, state, out, cfg)
+        before = {number: signal.signal(number, partial(ask_to_stop, state))
+                  for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            train(policy, task, state, out, cfg)
+        except FloatingPointError as error:
+            ids = ", ".join(example.id for example in examples_at(task, state.step, cfg))
+            raise RunError(f"step {state.step + 1}, on the examples {ids}: {error}") from None
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        report = finish(policy, task, state.before, cfg)
     report |= {"seconds": time.perf_counter() - started, "environment": facts}
-    on_rank_0(write_json, out / "report.json", report)
-    print_table({name: [flat(report[name])] for name in ("before", "after", "scores")
-                 if name in report})
-    if "verdict" in report:
-        print(f"\nVerdict: {'' if report['verdict']['improved'] else 'NOT '}IMPROVED")
-        for name, condition in report["verdict"]["conditions"].items():
-            print(f"  {'yes' if condition['holds'] else 'NO ':4}{name}: {condition['numbers']}")
+    write_json(out / "report.json", report)
     return report
+
+
+def finish(policy: Policy, task: tasks.Task, before: dict, cfg: Config) -> dict:
+    """Score and export the student; print what was learnt, and the verdict."""
+    print("Evaluating the student ...", flush=True)
+    after = {**before, **evaluate(policy, task, policy.student, cfg)}  # the teacher is as before
+    export_adapter(Path(cfg.out, "adapter"), policy)
+    tasks.show_learnt(before["in_domain"], after["in_domain"], task.evals["in_domain"])
+    print_table({"before": [flat(before)], "after": [flat(after)]})
+    verdict = judge_run(before, after, cfg)
+    print(f"\nVerdict: {'' if verdict['improved'] else 'NOT '}IMPROVED")
+    for name, condition in verdict["conditions"].items():
+        print(f"  {'yes' if condition['holds'] else 'NO ':4}{name}: {condition['numbers']}")
+    return {"before": before, "after": after, "verdict": verdict,
+            "validation": look(policy, task, cfg)}
 
 
 def flat(scores: dict) -> dict[str, float]:
@@ -1949,278 +1510,163 @@ def flat(scores: dict) -> dict[str, float]:
 def print_table(columns: dict[str, list[dict]]) -> None:
     """A row for each score, a column for each variant: mean and deviation over its runs."""
     print("\n" + " " * 28 + "".join(f"{name:>15}" for name in columns))
-    for row in list(columns.values())[-1][0]:
+    for row in dict.fromkeys(row for runs in columns.values() for run in runs for row in run):
         line = f"{row:28}"
         for runs in columns.values():
             values = [run[row] for run in runs if run.get(row) is not None]
-            digits = 0 if values and max(values) >= 100 else 3
-            spread = f" ±{np.std(values):.{digits}f}" if len(values) > 1 else ""
-            line += f"{f'{np.mean(values):.{digits}f}{spread}' if values else '-':>15}"
+            spread = f" ±{np.std(values):.3f}" if len(values) > 1 else ""
+            line += f"{f'{np.mean(values):.3f}{spread}' if values else '-':>15}"
         print(line)
 
 
 # --compare and --ablations: run after run from one base, and one table =======================
 
-LR_GRID = (0.3, 1.0, 3.0)  # times --lr: what each method chooses from, on the validation split
-ABLATIONS = {
-    "vcopd": {}, "gate success": {"gate": "success"}, "gate failure": {"gate": "failure"},
-    "gate none": {"gate": "none"}, "no clip": {"gap_clip": 1e9}, "lambda 0": {"teacher_coef": 0.0},
-    "lambda 0.05": {"teacher_coef": 0.05}, "lambda 1": {"teacher_coef": 1.0},
-    "no replay": {"replay_share": 0.0}, "no KL guard": {"kl_coef": 0.0}, "K 2": {"rollouts": 2},
-    "K 8": {"rollouts": 8}}
-
-
-def run_or_load(cfg: Config, task: tasks.Task) -> dict:
+def run_or_load(cfg: Config) -> dict:
     """The report of a run: made unless it is there; a run that was cut short goes on."""
-    out = Path(cfg.out)
-    begun = on_rank_0(holds_run, out, cfg)
-    if (out / "report.json").exists():
-        return read_json(out / "report.json")
-    print(f"\n=== {out}", flush=True)
-    return run(cfg, begun, task)
+    begun, report = holds_run(cfg), Path(cfg.out, "report.json")
+    if report.exists():
+        return read_json(report)
+    print(f"\n=== {cfg.out}", flush=True)
+    return run(cfg, begun)
 
 
-def tune_lr(cfg: Config) -> Config:
-    """With the learning rate of the grid that does best on the validation split."""
-    found, (task, _) = {}, load_task(replace(cfg, split="validation"))
-    for lr in (cfg.lr * factor for factor in LR_GRID):
-        folder = f"{cfg.out}/tune/{cfg.method}-lr{lr:g}"
-        report = run_or_load(replace(cfg, lr=lr, split="validation", out=folder), task)
-        found[lr] = report["verdict"]["improved"], first_split(report["after"])["pass@1"]
-    best = max(found, key=found.get)
-    print(f"\n{cfg.method}: --lr {best:g} is best on the validation split", flush=True)
-    return replace(cfg, lr=best)
-
-
-def variants_of(cfg: Config, task: tasks.Task) -> dict[str, Config]:
-    """The methods, each at its best rate; or VC-OPD with one choice changed at a time."""
+def variants_of(cfg: Config) -> dict[str, Config]:
+    """The methods at several learning rates; or VC-OPD with one choice changed at a time."""
     base = replace(cfg, compare=False, ablations=False, seeds=Config.seeds)
     if cfg.compare:
-        return {name: tune_lr(replace(base, method=name, **METHODS[name]))
-                for name in ("sft", "rl", "opd", "vcopd")}
-    expert = replace(base, method="sft", **METHODS["sft"], out=f"{cfg.out}/expert")
-    run_or_load(expert, task)
-    changes = {**ABLATIONS, "specialist": {"teacher": f"{expert.out}/adapter"}}
-    changed = {name: replace(base, **change) for name, change in changes.items()}
-    return {name: one for name, one in changed.items() if name == "vcopd" or one != base}
+        return {f"{name} {rate:g}": replace(base, method=name, lr=rate, **fixed)
+                for name, fixed in METHODS.items() for rate in (cfg.lr * f for f in RATES)}
+    return {name: replace(base, **change) for name, change in ABLATIONS.items()}
 
 
 def compare(cfg: Config) -> None:
     """Run each variant with every seed; print one table, and save it with the numbers behind."""
-    (task, _), runs = load_task(cfg), {}
-    variants = variants_of(cfg, task)
-    for name, variant in variants.items():
-        seeds = [replace(variant, seed=seed, out=f"{cfg.out}/{name}-s{seed}")
-                 for seed in range(cfg.seed, cfg.seed + cfg.seeds)]
-        runs[name] = [(run_or_load(one, task), read_json(Path(one.out, "metrics.jsonl")))
-                      for one in seeds]
-    with reading(Path(cfg.out), "delete the damaged run in it: it is made again"):
-        ends = [[m["eval_pass"] for m in steps if "eval_pass" in m][-1:]
-                for _, steps in runs.get("rl", [])]
-        goal = mean(sum(ends, [])) if ends else math.inf
-        columns = {"base": [flat(runs["vcopd"][0][0]["before"])]}
-        columns |= {name: [numbers_of(*each, goal, variants[name]) for each in pairs]
-                    for name, pairs in runs.items()}
-        passes = {name: np.mean([first_split(report["after"])["passes"] for report, _ in pairs], 0)
-                  for name, pairs in runs.items()}
+    columns, passes = {}, {}
+    for name, variant in variants_of(cfg).items():
+        reports = [run_or_load(replace(variant, seed=seed, out=f"{cfg.out}/{name}-s{seed}"))
+                   for seed in range(cfg.seed, cfg.seed + cfg.seeds)]
+        columns.setdefault("base", [flat(reports[0]["before"])])
+        columns[name] = [{**flat(report["after"]), "improved": float(report["verdict"]["improved"]),
+                          **report["validation"], "minutes": report["seconds"] / 60}
+                         for report in reports]
+        passes[name] = np.mean([report["after"]["in_domain"]["passes"] for report in reports], 0)
     for i in range(0, len(columns), 5):  # as many as a terminal shows
         print_table(dict(list(columns.items())[i:i + 5]))
-    print("\npass@1 against vcopd, mean over seeds, 95 % interval over problems:")
-    changes = {name: paired_bootstrap(passes["vcopd"], passes[name]) for name in variants}
+    best = max((name for name in passes if name.startswith("vcopd")),  # on validation problems
+               key=lambda name: mean(run["eval_pass"] for run in columns[name]))
+    print(f"\npass@1 against {best}, mean over seeds, 95 % interval over problems:")
+    changes = {name: paired_bootstrap(passes[best], after) for name, after in passes.items()}
     for name, (low, high) in changes.items():
         print(f"  {name:20}[{low:+.3f}, {high:+.3f}]")
-    on_rank_0(write_json, Path(cfg.out) / "table.json", {
-        "columns": columns, "pass@1_minus_vcopd": changes,
-        "lr": {name: variant.lr for name, variant in variants.items()}})
-
-
-def numbers_of(report: dict, steps: list[dict], goal: float, cfg: Config) -> dict:
-    """One run's scores, and their cost: `answers_to_rl` as it first probed `goal`, RL's last."""
-    before, after = report["before"], report["after"]
-    answers = cfg.prompts * (1 if cfg.imitate else cfg.rollouts)  # SFT: references
-    reached = [m["step"] for m in steps if m.get("eval_pass", -1.0) >= goal]
-    return {**flat(after), "general worst": min(after["general"].values()),
-            "entropy_ratio": after["entropy"] / max(before["entropy"], 1e-9),
-            "teacher_share": mean(m.get("teacher_share", 0.0) for m in steps),
-            "improved": float(report["verdict"]["improved"]),
-            "answers": float(len(steps) * answers),
-            "tokens": float(sum(m["tokens"] for m in steps)), "minutes": report["seconds"] / 60,
-            "answers_to_rl": float(reached[0] * answers) if reached else None,
-            "reached_rl": float(bool(reached))}
+    write_json(Path(cfg.out) / "table.json", {"columns": columns, "pass@1_minus_best": changes})
 
 
 # --check, --inspect, --plot and --bench leave no run =======================================
 
-FAINT = 0.01  # nats: a smaller gap is no hint
-CURVES = ("reward", "pass_rate", "eval_pass", "kl", "entropy", "kl_coef")
-
-
-def load_both(cfg: Config) -> tuple[Policy, tasks.Task, int]:
-    """The policy, the task fitted to it, and how many rows of data files cannot work."""
-    task, refused = load_task(cfg)
-    policy = load_policy(cfg, task)
-    return policy, fit_task(policy, task, cfg), refused
-
-
-def check(cfg: Config) -> int:
-    """Can this be learnt? Exit code 2 where a row was refused, but for --skip-bad-rows."""
-    (policy, task, refused), k = load_both(cfg), cfg.rollouts
-    examples = task.train[:cfg.eval_problems]
-    _, texts = answers_to(policy, policy.reference, examples, k, cfg.temperature, cfg)
-    verdicts = verify_all(task.verify, [e for e in examples for _ in range(k)], texts)
+def check(cfg: Config, policy: Policy, task: tasks.Task) -> None:
+    """Can this be learnt? Lengths of the training data, and what the base makes of some of it."""
+    prompts = [len(policy.encode(tasks.privileged_prompt(e))) for e in task.train]
+    answers = solution_batch(policy, task.train).mask.sum(1).tolist()
+    examples, k = task.train[:cfg.eval_problems], cfg.rollouts
+    verdicts = answer(policy, policy.reference, examples, k, cfg.temperature, cfg, task.verify)[2]
     passes = [sum(v.passed for v in verdicts[i:i + k]) for i in range(0, len(verdicts), k)]
-    never, always = passes.count(0), passes.count(k)
-    print(f"{mean(v.formatted for v in verdicts):.0%} of {len(verdicts)} answers are well-formed\n"
-          f"{len(passes)} problems, {k} answers each: the base solves {never} never, "
-          f"{len(passes) - never - always} sometimes and {always} always")
-    return 2 if refused and not cfg.skip_bad_rows else 0
+    print(f"{len(prompts)} rows fit. Longest prompt with its hint: {max(prompts)} tokens; longest "
+          f"reference: {max(answers)}; over --max-new-tokens {cfg.max_new_tokens}: "
+          f"{sum(n > cfg.max_new_tokens for n in answers)}\n"
+          f"{mean(v.formatted for v in verdicts):.0%} of {len(verdicts)} answers are well-formed\n"
+          f"{len(passes)} problems, {k} answers each: the base solves {passes.count(0)} never, "
+          f"{sum(0 < n < k for n in passes)} sometimes and {passes.count(k)} always")
 
 
-def inspect(cfg: Config) -> None:
-    """What the first step of a run would credit, token by token, and how much of |D| is style.
-
-    Style is a token that stands at the same place in a text of the opposite verdict, too: it
-    decides nothing. An adapter given as --model is the student here, and the teacher has none.
-    """
-    (policy, task, _), k = load_both(cfg), cfg.rollouts
-    if is_adapter(cfg.model):
+def inspect(cfg: Config, policy: Policy, task: tasks.Task) -> None:
+    """What the first step of a run would credit, token by token, in its best and worst answer."""
+    if adapter_base(cfg.model):  # it is the student here, and the teacher has none
         load_adapter(policy.model, "policy", Path(cfg.model))
         policy.reference = BASE
-    examples = [e for e in examples_at(task, 0, cfg) for _ in range(k)]
-    prompts = [policy.encode(e.prompt) for e in examples[::k]]
+    k, examples = cfg.rollouts, examples_at(task, 0, cfg)
+    prompts = [policy.encode(example.prompt) for example in examples]
     batch = sample(policy, policy.student, prompts, k, cfg, seeded("rollouts", cfg.seed, 0))
     verdicts = verify_all(task.verify, examples, policy.decode(batch))
     reward = torch.tensor([float(v.reward) for v in verdicts], device=policy.device)
     advantage = torch.zeros_like(reward) if cfg.blind else group_advantage(reward, k)
-    columns: dict[int, Tensor] = {}  # of each answer: (T, 5)
+    answers, rows, sizes = batch.answers(), {}, []
     for part in score(policy, batch, examples, advantage, cfg):
-        gap, dense = part.logp_teacher - part.logp_old, dense_advantage(advantage[part.index],
-                                                                        part.gap, cfg)
-        table = torch.stack([part.logp_old, part.logp_teacher, gap, part.gap, dense], 2).cpu()
-        columns |= zip(part.index.tolist(), table, strict=True)
-    sums = torch.zeros(2, 3)  # style and all, of tokens, |D| and |D| clipped
-    answers = batch.answers()
-    for i, ids in enumerate(answers):
-        opposite = [answers[j] for j in range(i - i % k, i - i % k + k)
-                    if verdicts[j].passed != verdicts[i].passed]
-        known = examples[i].buggy if verdicts[i].passed else examples[i].reference
-        opposite += [policy.tokenizer(known, add_special_tokens=False).input_ids] if known else []
-        sizes = torch.cat([torch.ones(len(ids), 1), columns[i][:len(ids), 2:4].abs()], 1)  # (T, 3)
-        if opposite:
-            sums += torch.stack([sizes[shared_tokens(ids, opposite)].sum(0), sizes.sum(0)])
+        table = torch.stack([part.logp_old, part.logp_teacher, part.logp_teacher - part.logp_old,
+                             part.gap, dense_advantage(part.advantage, part.gap, cfg)], 2).tolist()
+        for i, row in zip(part.index.tolist(), table, strict=True):
+            example, rows[i] = examples[i // k], list(zip(answers[i], row, strict=False))
+            opposite = example.buggy if verdicts[i].passed else example.reference
+            shared = set(plain_ids(policy.tokenizer, opposite))
+            sizes += [(abs(numbers[2]), token in shared) for token, numbers in rows[i]]
     for i in dict.fromkeys((int(advantage.argmax()), int(advantage.argmin()))):
-        print(f"\n{examples[i].id}: reward {reward[i]:.2f} ({verdicts[i].reason}), "
-              f"A {advantage[i]:+.2f}")
-        print_tokens([policy.tokenizer.decode([token]) for token in answers[i]], columns[i])
-    tokens, raw, clipped = (sums[0] / sums[1]).tolist()
-    print(f"\nStyle is {tokens:.0%} of the tokens. It holds {raw:.0%} of |D|, and {clipped:.0%} of "
-          "what the clip leaves of it.")
+        print(f"\n{examples[i // k].id}: reward {reward[i]:.2f} ({verdicts[i].reason}), "
+              f"A {advantage[i]:+.2f}\n{'token':20}  student  teacher       D  clipped   A_dense")
+        for token, numbers in rows[i]:
+            line = "{!r:20}{:9.2f}{:9.2f}{:+8.2f}{:+9.2f}{:+10.3f}".format(
+                policy.tokenizer.decode([token]), *numbers)
+            hinted = abs(numbers[2]) > 0.01 and sys.stdout.isatty()  # green up, red down
+            print(f"\x1b[{31 + (numbers[2] > 0)}m{line}\x1b[0m" if hinted else line)
+    style = np.average([shared for _, shared in sizes], weights=[size + 1e-9 for size, _ in sizes])
+    print(f"\n{style:.0%} of |D| lies on style: on tokens that the opposite text has, too")
 
 
-def shared_tokens(ids: list[int], others: list[list[int]]) -> list[bool]:
-    """Which tokens also stand, at the same place, in one of the other texts?"""
-    shared = [False] * len(ids)
-    for other in others:
-        matcher = difflib.SequenceMatcher(None, ids, other, autojunk=False)
-        for start, _, size in matcher.get_matching_blocks():
-            shared[start:start + size] = [True] * size
-    return shared
-
-
-def print_tokens(texts: list[str], columns: Tensor) -> None:
-    """A line for each token with a hint, green where it pushes up and red where down."""
-    print(f"{'token':20}  student  teacher       D  clipped   A_dense")
-    rows = zip(texts, columns.tolist(), strict=False)
-    for hinted, stretch in groupby(rows, lambda row: abs(row[1][2]) >= FAINT):
-        if not hinted:
-            rest = [text for text, _ in stretch]
-            print(f"... {len(rest)} tokens without a hint, up to {''.join(rest)[-20:]!r}")
-            continue
-        for text, (student, teacher, gap, clipped, dense) in stretch:
-            line = (f"{text!r:20}{student:9.2f}{teacher:9.2f}{gap:+8.2f}{clipped:+9.2f}"
-                    f"{dense:+10.3f}")
-            colour = 32 if gap > 0 else 31
-            print(f"\x1b[{colour}m{line}\x1b[0m" if sys.stdout.isatty() else line)
-
-
-def plot(folders: list[str]) -> int:
-    """Draw the curves of runs, or what comparisons trade, in plot.png of the first folder."""
-    panels: dict[str, dict] = {}  # title -> name -> (xs, ys)
-    try:
-        from matplotlib.figure import Figure  # draws by Agg: pyplot would look for a screen
-        for folder in folders:
-            for title, name, *line in lines_of(Path(folder)):
-                panels.setdefault(title, {})[name] = line
-        figure, image = Figure(figsize=(13, 8), layout="constrained"), io.BytesIO()
-        axes = figure.subplots(math.ceil(len(panels) / 3), 3, squeeze=False).flat
-        for panel, (title, lines) in zip(axes, panels.items(), strict=False):
-            panel.set(title=title)
-            for name, line in lines.items():
-                panel.plot(*line, "o" if " over " in title else ".-", label=name)
-            panel.legend()
-        figure.savefig(image, format="png", dpi=120)
-        write_atomic(Path(folders[0], "plot.png"), image.getvalue())
-    except ImportError:
-        usage_error("--plot needs matplotlib: pip install matplotlib")
-    except (RunError, OSError) as error:
-        usage_error(str(error))
-    print(f"The picture is {Path(folders[0], 'plot.png')}")
-    return 0
-
-
-def lines_of(folder: Path) -> list[tuple]:
-    """(title, name, xs, ys): of a run over its steps; of a comparison, a point for each run."""
-    with reading(folder, "--plot takes the folder of a run or of a comparison, as --out named it"):
-        if (folder / "table.json").exists():
-            columns = read_json(folder / "table.json")["columns"]
-            skill = next(name for name in columns["base"][0] if name.endswith(" pass@1"))
-            return [(f"{skill} over {cost}", name, *([float(run[key]) for run in runs]
-                                                     for key in (cost, skill)))
-                    for cost in ("kl_to_base", "general mean") for name, runs in columns.items()]
-        steps = [dict(step) for step in read_json(folder / "metrics.jsonl")]
-        return [(column, str(folder), *([float(step[key]) for step in steps if column in step]
-                                        for key in ("step", column))) for column in CURVES]
-
-
-def bench(cfg: Config) -> None:
-    """Tokens a second of sampling, seconds of whole steps, and peak memory, on this machine."""
-    policy, task, _ = load_both(cfg)
+def bench(cfg: Config, policy: Policy, task: tasks.Task) -> None:
+    """Three training steps as they are, the first one cold, and peak memory, on this machine."""
     print(environment(policy))
-    prompts = [policy.encode(example.prompt) for example in examples_at(task, 0, cfg)]
-    for what in ("warm-up", "rollouts"):
-        started = time.perf_counter()
-        batch = sample(policy, policy.student, prompts, cfg.rollouts, cfg, seeded("bench"))
-        tokens = int(batch.mask.sum())
-        print(f"{what}: {tokens / (time.perf_counter() - started):.0f} tokens/s", flush=True)
-    state = State(torch.optim.Adam(adapter_parameters(policy.model, "policy"), lr=cfg.lr),
-                  cfg.kl_coef)
+    state = State(adapter_optimizer(policy.model, "policy", cfg.lr), cfg.kl_coef)
     with tempfile.TemporaryDirectory() as out:
         train(policy, task, state, Path(out), replace(cfg, steps=3, eval_every=4, save_every=4))
-    unit = 2**30 if sys.platform == "darwin" else 2**20
-    peak = (torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
-    print(f"peak memory {peak:.2f} GiB")
+    peak = (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else
+            1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # macOS: in bytes already
+    print(f"peak memory {peak / 2**30:.2f} GiB")
+
+
+def plot(folders: list[str]) -> None:
+    """Draw runs over their steps, or what comparisons trade, in plot.png of the first folder."""
+    try:
+        from matplotlib.figure import Figure  # draws by Agg: pyplot would look for a screen
+    except ImportError:
+        raise RunError("--plot needs matplotlib: pip install matplotlib") from None
+    figure, image = Figure(figsize=(13, 8), layout="constrained"), io.BytesIO()
+    panels = figure.subplots(2, 3).flat
+    for folder in map(Path, folders):
+        with reading(folder, "--plot takes the folder of a run or of a comparison"):
+            if (folder / "table.json").exists():
+                lines = read_json(folder / "table.json")["columns"]
+                axes = [("kl_to_base", "in_domain pass@1"), ("general mean", "in_domain pass@1")]
+            else:
+                lines = {str(folder): read_json(folder / "metrics.jsonl")}
+                axes = [("step", name) for name in list(COLUMNS)[1:7]]
+            for (name, records), (panel, (x, y)) in product(lines.items(), list(zip(
+                    panels, axes, strict=False))):
+                points = [(float(r[x]), float(r[y])) for r in records if x in r and y in r]
+                panel.plot(*np.reshape(points, (-1, 2)).T, ".-" if x == "step" else "o", label=name)
+                panel.set(xlabel=x, ylabel=y)
+                panel.legend()
+    figure.savefig(image, format="png", dpi=120)
+    write_atomic(Path(folders[0], "plot.png"), image.getvalue())
+    print(f"The picture is {Path(folders[0], 'plot.png')}")
 
 
 # The program =================================================================================
 
+def run_command(cfg: Config, resuming: bool) -> None:
+    """What the command line asks for. Raises RunError and what the user's machine raises."""
+    if cfg.compare or cfg.ablations:
+        return compare(cfg)
+    for name, command in (("check", check), ("inspect", inspect), ("bench", bench)):
+        if getattr(cfg, name):
+            return command(cfg, *load(cfg))
+    if not resuming and holds_run(cfg):
+        raise RunError(f"{cfg.out} holds this run: --resume {cfg.out}, or give another --out")
+    if cfg.model == "tiny" and os.environ.get("RANK", "0") == "0":
+        build_tiny(tasks.TASKS[cfg.task]())  # the other processes wait for this one
+    run(join_ranks(cfg), resuming)
+    print(f"\nResults are in {cfg.out}: read samples.jsonl there, or compare methods with\n"
+          f"python vcopd.py --task {cfg.task} --model {cfg.model} --compare")
 
-def failure_sentence(error: Exception, cfg: Config) -> str:
-    """What stopped a run, for the user; empty when it is nothing that a user can mend."""
-    text = str(error).lower()
-    signs = ("out of memory", "allocate memory", "not enough memory")
-    if isinstance(error, MemoryError) or any(sign in text for sign in signs):
-        return (f"out of memory: lower --micro-tokens (now {cfg.micro_tokens}; --resume {cfg.out} "
-                "accepts it too), then in a new run --prompts, --max-new-tokens, --rollouts and "
-                "--lora-rank, try --quantize nf4, or take a smaller --model")
-    if isinstance(error, OSError) or "no space left" in text:  # torch and safetensors say it, too
-        where, why = (getattr(error, name, None) for name in ("filename", "strerror"))
-        return (f"{where or cfg.out}: {why or error}: mend that, or give a folder that can be "
-                f"written with --out; what was saved goes on with --resume {cfg.out}")
-    return str(error) if isinstance(error, RunError | tasks.LoadError | tasks.JudgeError) else ""
 
-
-def main(cfg: Config, resuming: bool) -> int:
+def main(cfg: Config, resuming: bool, plotted: list[str] | None = None) -> int:
     """Run. Exit code 0 also for `not improved`; 2 for what a user can mend; 130 for Ctrl-C."""
     tasks.UNSAFE_JUDGE = cfg.unsafe_judge
     with contextlib.suppress(OSError, AttributeError, TypeError):  # other C libraries than glibc
@@ -2228,34 +1674,27 @@ def main(cfg: Config, resuming: bool) -> int:
         allocator.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, in bytes
         allocator.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
     try:
-        join_ranks(cfg)
-        if cfg.check:
-            return check(cfg)
-        if cfg.bench or cfg.inspect or cfg.compare or cfg.ablations:
-            (bench if cfg.bench else inspect if cfg.inspect else compare)(cfg)
-            return 0
-        begun = not resuming and on_rank_0(holds_run, Path(cfg.out), cfg)
-        if begun and not Path(cfg.out, "report.json").exists():
-            raise RunError(f"{cfg.out} holds this run, unfinished: go on with --resume {cfg.out}, "
-                           "or give another --out")
-        run(cfg, resuming, load_task(cfg)[0])
+        plot(plotted) if plotted else run_command(cfg, resuming)
+        return 0
     except KeyboardInterrupt:
         begun = Path(cfg.out, "config.json").exists()
-        print("\nInterrupted. To go on: " + (f"python vcopd.py --resume {cfg.out}" if begun else
-                                             "give the same command again"))
+        print("\nInterrupted. To go on:", f"python vcopd.py --resume {cfg.out}" if begun else
+              "give the same command again")
         return 130
     except Exception as error:
-        if not (sentence := failure_sentence(error, cfg)):
+        why, text = error if isinstance(error, RunError) else "", str(error).lower()
+        if isinstance(error, MemoryError) or "of memory" in text or "allocate memory" in text:
+            why = (f"out of memory: --resume {cfg.out} with a lower --micro-tokens, or start anew "
+                   "with fewer --prompts, --max-new-tokens, --rollouts, --lora-rank, or nf4")
+        elif isinstance(error, OSError) or "no space left" in text:  # torch says it in its own way
+            why = f"{error}: mend that, or give another --out; --resume {cfg.out} goes on"
+        if not why:
             raise
-        print(one_line(sentence), file=sys.stderr)
+        print("vcopd.py:", *str(why).split(), file=sys.stderr)  # one line, whatever names hold
         return 2
-    samples = "" if cfg.imitate or cfg.eval_only else f"Read {cfg.out}/samples.jsonl next, or "
-    print(f"\nResults are in {cfg.out}. {samples or 'To '}compare: python vcopd.py "
-          f"--task {cfg.task} --model {cfg.model} --compare")
-    return 0
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: servers are stopped
     sys.stdout.reconfigure(errors="backslashreplace")  # an answer may hold any character
-    sys.exit(plot(PLOTTED) if PLOTTED else main(*read_config(sys.argv[1:])))
+    sys.exit(main(Config(), False, PLOTTED) if PLOTTED else main(*read_config(sys.argv[1:])))
