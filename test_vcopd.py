@@ -1695,7 +1695,7 @@ def test_plot_draws_runs_and_comparisons_in_the_first_folder_or_says_why_not(
     assert results(done) == results(whole["vcopd"]) and not (done / "plot.png").exists()
 
     def refused(*folders: Path) -> str:
-        with pytest.raises((SystemExit, vcopd.RunError)) as error:
+        with pytest.raises((OSError, vcopd.RunError)) as error:
             vcopd.plot([*map(str, folders)])
         return f"{error.value} {capsys.readouterr().err}"
 
@@ -1707,7 +1707,7 @@ def test_plot_draws_runs_and_comparisons_in_the_first_folder_or_says_why_not(
         assert str(table) in refused(table), damage
     (done / "plot.png").mkdir()
     assert str(done / "plot.png") in refused(done)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)  # an extra: nothing else needs it
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # an extra: nothing else needs it
     assert "--plot needs matplotlib: pip install matplotlib" in refused(done)
 
 
@@ -1813,7 +1813,7 @@ def test_a_damaged_run_folder_is_one_sentence(whole, done, capsys):
     """Config, metrics and checkpoints: cut, empty, of another kind, of another run."""
     (done / "report.json").unlink()
     held, state = read(done / "config.json"), (done / "checkpoint/state.pt").read_bytes()
-    configs = [json.dumps({**held, "lora_rank": 3}), json.dumps({**held, "no such": 1})]
+    configs = [json.dumps({**held, "lora_rank": 3})]
     configs += ["", "{}", "[]", "nul", "\xff", "[" * 99999, configs[0][:-9]]
     for name, damages in {"config.json": [text.encode("latin-1") for text in configs],
                           "metrics.jsonl": [None, b"", b"{}\n", b"\xff\n"],

@@ -141,17 +141,16 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter)
     presets = {"tiny": TINY, **tasks.PRESETS}.items()
     for option in filter(lambda option: option.metadata, fields(Config)):
-        name, meta = option.name, option.metadata
+        name, kind, meta = option.name, type(option.default), option.metadata
         if meta["heading"]:
             group = parser.add_argument_group(meta["heading"])
             group = group.add_mutually_exclusive_group() if name == "eval_only" else group
         others = "".join(f"; {who} {values[name]}" for who, values in presets if name in values)
         text = f"{meta['help']} [{option.default}{others}]"
-        if option.default is False:
+        if kind is bool:
             group.add_argument(flag(name), help=meta["help"], action="store_true")
         else:
-            group.add_argument(flag(name), help=text, type=type(option.default),
-                               choices=meta["choices"])
+            group.add_argument(flag(name), help=text, type=kind, choices=meta["choices"])
     group.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
     group.add_argument("--plot", metavar="RUN", nargs="+", help="draw runs, or one comparison")
     return parser
@@ -931,9 +930,10 @@ def read_config(arguments: list[str]) -> tuple[Config, bool]:
 def saved_config(parser: argparse.ArgumentParser, folder: str, said: dict) -> Config:
     """The Config of a run to go on with. What was said may only prolong or move it."""
     try:
-        saved = Config(**json.loads(Path(folder, "config.json").read_text("utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        parser.error(f"--resume {folder} is no run of this version ({error}): give its --out")
+        held = json.loads(Path(folder, "config.json").read_text("utf-8"))
+        saved = Config(**{option.name: held[option.name] for option in fields(Config)})
+    except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+        parser.error(f"--resume {folder} is no run of this version ({error!r}): give its --out")
     for name in said.keys() - {"steps", "save_every", "device", "micro_tokens"}:
         if said[name] != getattr(saved, name):
             parser.error(f"{flag(name)} {said[name]} would break the continuation: leave it out")
@@ -1455,6 +1455,7 @@ def run(cfg: Config, resuming: bool) -> dict:
     """One whole run, or one evaluation, in the folder `cfg.out`; its report. Raises RunError."""
     started, out = time.perf_counter(), Path(cfg.out)
     policy, task = load(cfg)
+    state = State(adapter_optimizer(policy.model, "policy", cfg.lr), cfg.kl_coef)
     facts = environment(policy)
     print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
     out.mkdir(parents=True, exist_ok=True)
@@ -1464,7 +1465,6 @@ def run(cfg: Config, resuming: bool) -> dict:
         report = {"scores": evaluate(policy, task, policy.reference, cfg)}
         print_table({name: [flat(scores)] for name, scores in report.items()})
     else:
-        state = State(adapter_optimizer(policy.model, "policy", cfg.lr), cfg.kl_coef)
         if resuming and (out / "checkpoint" / "state.pt").exists():
             load_checkpoint(out / "checkpoint", policy, state, cfg)
         else:
@@ -1612,8 +1612,8 @@ def inspect(cfg: Config, policy: Policy, task: tasks.Task) -> None:
 
 def bench(cfg: Config, policy: Policy, task: tasks.Task) -> None:
     """Three training steps as they are, the first one cold, and peak memory, on this machine."""
-    print(environment(policy))
     state = State(adapter_optimizer(policy.model, "policy", cfg.lr), cfg.kl_coef)
+    print(environment(policy))
     with tempfile.TemporaryDirectory() as out:
         train(policy, task, state, Path(out), replace(cfg, steps=3, eval_every=4, save_every=4))
     peak = (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else
