@@ -1004,11 +1004,13 @@ def fitting(task: Task, limit: float, length: Callable[[str], int], skip: bool) 
     """The task, or with `skip` what of it has at most `limit` tokens, hint included. UserError."""
     def keep(examples: list[Example]) -> list[Example]:
         sizes = [length(privileged_prompt(example)) for example in examples]
-        if (longest := max(sizes, default=0)) > limit and not skip:
-            raise UserError(f"{examples[sizes.index(longest)].id} with its hint has {longest} "
-                            f"tokens, and the model reads {limit} beside an answer: lower "
-                            "--max-new-tokens, or give --skip-bad-rows")
-        return [example for example, size in zip(examples, sizes, strict=True) if size <= limit]
+        kept = [example for example, size in zip(examples, sizes, strict=True) if size <= limit]
+        if len(kept) < len(examples) and not (skip and kept):
+            raise UserError(f"{examples[sizes.index(max(sizes))].id} with its hint has {max(sizes)}"
+                            f" tokens of {limit}: lower --max-new-tokens, or give --skip-bad-rows")
+        if len(kept) < len(examples):
+            print(f"{len(examples) - len(kept)} of {len(examples)} rows are too long: left out")
+        return kept
 
     return replace(task, train=keep(task.train), benchmark=keep(task.benchmark),
                    validation=(keep(task.validation[0]), task.validation[1]),
@@ -1122,9 +1124,9 @@ def run_job(job: bytes, seconds: float, processes: int) -> tuple[object, str]:
     if len(reply) > MAX_REPLY:
         return None, "too much output"
     if status or not reply:
-        spent = cpu > 0.8 * math.ceil(seconds)  # one that the kernel kills is not charged its last
-        killed = "timeout" if spent else "killed"
-        return None, killed if os.WIFSIGNALED(status) else "left early"
+        if not os.WIFSIGNALED(status):
+            return None, "left early"
+        return None, "timeout" if os.WTERMSIG(status) == signal.SIGKILL else "killed"  # by a limit
     try:
         return parse_line(reply), ""
     except (ValueError, RecursionError):

@@ -80,13 +80,13 @@ class Config:
     eval_only: bool = knob(False, "evaluate --model and train nothing", heading="other commands")
     check: bool = knob(False, "can this be learnt? rows, lengths, format, what the base solves")
     inspect: bool = knob(False, "show token by token what a step would credit")
-    bench: bool = knob(False, "time the parts of a step on this machine")
+    bench: bool = knob(False, "time three steps on this machine")
     compare: bool = knob(False, "train every method from one base, and print one table")
     ablations: bool = knob(False, "train VC-OPD with one choice changed at a time; one table")
     steps: int = knob(500, "training steps", 1, heading="rollouts (Step 2)")
     prompts: int = knob(16, "P, prompts in a step", 1)
     rollouts: int = knob(4, "K, answers sampled for each prompt", 1)
-    temperature: float = knob(0.8, "of sampling and of every training log-prob", 0.05, 5)
+    temperature: float = knob(0.8, "of sampling and of every log-prob of rollouts", 0.05, 5)
     top_p: float = knob(0.95, "nucleus of sampling; 1 removes its bias", 0.01, 1)
     max_new_tokens: int = knob(512, "longest answer", 1)
     teacher_coef: float = knob(0.2, "lambda, weight of hints (Eq. 5)", heading="teacher (Step 4)")
@@ -124,8 +124,7 @@ TINY = {  # the built-in model has 1 M parameters: what differs from the essay's
     "lr": 1e-3, "format_lr": 1e-3,  # small models want larger steps: at 1e-5 nothing moves in 48
     "kl_coef": 0.1,  # 48 steps are too few for beta to find its level from 0.01
     "replay_keep": 0.5,  # it has 20 prompts of each old skill: with 4, coding was forgotten
-    "replay_share": 0.2,  # the upper end: so small a model forgets faster
-}
+    "replay_share": 0.2}  # the upper end: so small a model forgets faster
 
 
 def flag(name: str) -> str:
@@ -178,11 +177,10 @@ ABLATIONS = {
     "lambda 0.05": {"teacher_coef": 0.05}, "lambda 1": {"teacher_coef": 1.0},
     "no replay": {"replay_share": 0.0}, "no KL guard": {"kl_coef": 0.0}, "K 2": {"rollouts": 2},
     "K 8": {"rollouts": 8}}
-COLUMNS = {  # key of metrics.jsonl: its name in the terminal
+COLUMNS = {  # key of metrics.jsonl, or seconds: its name in the terminal
     "step": "step", "reward": "reward", "pass_rate": "passed", "eval_pass": "new",
-    "eval_old": "old", "kl": "kl", "entropy": "entropy", "kl_coef": "beta",
-    "format_rate": "format", "tied_rollouts": "tied", "teacher_share": "teacher", "nll": "nll",
-    "seconds": "seconds"}
+    "eval_old": "old", "kl": "kl", "entropy": "entropy", "kl_coef": "beta", "format_rate": "format",
+    "tied_rollouts": "tied", "teacher_share": "teacher", "nll": "nll", "seconds": "seconds"}
 
 # PART I - THE METHOD: the training loop, and below it its Steps ##############################
 
@@ -193,15 +191,14 @@ COLUMNS = {  # key of metrics.jsonl: its name in the terminal
 METHODS = {  # presets of the one loop: what is fixed here cannot be set by an option
     "vcopd": {},
     "rl": {"teacher": "none", "teacher_coef": 0.0},  # the verdict alone
-    # blind distillation: A = 0, no gate, no clip, so A_dense is D. KL guard and replay stay
+    # blind distillation: A = 0, no gate, no gap clip: A_dense is D. KL guard and replay stay
     "opd": {"blind": True, "teacher_coef": 1.0, "gate": "none", "gap_clip": 1e9},
     # reference answers instead of rollouts: none of the Steps 2 to 6, but their loop
-    "sft": {"imitate": True, "teacher": "none", "teacher_coef": 0.0, "replay_share": 0.0},
-}
+    "sft": {"imitate": True, "teacher": "none", "teacher_coef": 0.0, "replay_share": 0.0}}
 
 
 def train(policy: Policy, task: tasks.Task, state: State, out: Path, cfg: Config) -> None:
-    """Repeat Steps 2 to 6. Raises FloatingPointError, or KeyboardInterrupt behind a saved step."""
+    """Repeat Steps 2 to 6. Raises RunError, or KeyboardInterrupt behind a saved step."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     for step in range(state.step, cfg.steps):
         started, samples = time.perf_counter(), []
@@ -225,7 +222,7 @@ def train(policy: Policy, task: tasks.Task, state: State, out: Path, cfg: Config
             # Step 4: student (still pi_old), reference and teacher score these tokens once
             parts = score(policy, batch, examples, advantage, cfg)
 
-            # Step 6: now and then, collect the student's best answers about old skills
+            # Step 6, before the update: now and then, collect the best answers about old skills
             if cfg.replay_share > 0 and task.anchors and step % cfg.replay_every == 0:
                 state.replay = refresh_replay(policy, task.anchors, step, cfg)
 
@@ -427,8 +424,7 @@ def score(policy: Policy, batch: Batch, examples: list[tasks.Example], advantage
           cfg: Config) -> list[Experience]:
     """Log-probs of the sampled tokens under pi_old, pi_ref and T, and the gap, in micro-batches.
     P `examples`, `advantage` (B,). The teacher reads the hint before the same ids."""
-    k = len(advantage) // len(examples)
-    parts = []
+    parts, k = [], len(advantage) // len(examples)
     for index in micro_batches(policy, batch, cfg.micro_tokens):
         some, logp_teacher = batch.rows(index), None
         hidden_ref = completion_hidden(policy, policy.reference, some)
@@ -480,8 +476,7 @@ GATES = {  # advantage (B,) -> gate (B,). A new one needs its name in the choice
     "sigmoid": torch.sigmoid,  # Eq. 4
     "success": lambda advantage: (advantage > 0).float(),  # where better than the group (SDPG)
     "failure": lambda advantage: torch.sigmoid(-advantage),  # mostly where worse (SRPO)
-    "none": torch.ones_like,
-}
+    "none": torch.ones_like}
 
 
 def dense_advantage(advantage: Tensor, gap: Tensor, cfg: Config) -> Tensor:
@@ -495,7 +490,7 @@ def dense_advantage(advantage: Tensor, gap: Tensor, cfg: Config) -> Tensor:
 
 def token_terms(model: nn.Module, temperature: float, ids: Tensor, hidden: Tensor,
                 hidden_ref: Tensor) -> Tensor:
-    """Stacked (3, N): log pi_theta(a_t|s_t), KL(pi_theta || pi_ref) and entropy, both exact."""
+    """Stacked (3, N): log pi_theta(a_t|s_t), KL(pi_theta || pi_ref) and entropy, exact over V."""
     logp = F.log_softmax(head(model, hidden).float() / temperature, -1)  # (N, V), tempered too
     logp_ref = F.log_softmax(head(model, hidden_ref).float() / temperature, -1)
     kl = (logp.exp() * (logp - logp_ref)).sum(-1)  # that of Eq. 8
@@ -506,7 +501,7 @@ def token_terms(model: nn.Module, temperature: float, ids: Tensor, hidden: Tenso
 def vcopd_loss(terms: Tensor, part: Experience, kl_coef: float, tokens: int, cfg: Config) -> tuple:
     """The loss of one micro-batch and what to log. `terms` (3, b, T) are of `token_terms`.
     In the first epoch rho is 1. The *value* of the policy term is then minus the mean of A_dense:
-    near 0, as advantages are centred. Its gradient, -mean(A_dense grad log pi), is not."""
+    near 0, as verdicts are centred. Its gradient, -mean(A_dense grad log pi), is not."""
     logp, kl, entropy = terms
     mask, eps = part.batch.mask, cfg.ratio_clip
     assert logp.shape == mask.shape == part.logp_old.shape == part.gap.shape
@@ -575,18 +570,18 @@ def total_loss(loss: Tensor | float, loss_replay: Tensor | float, share: float) 
 
 def prompt_ids(tokenizer, prompt: str) -> list[int]:
     """A user message in the model's chat template as ids, with exactly one BOS token."""
-    text = "\ufffc\n"  # where the prompt will stand
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    spelt = any(name in prompt for name in special)  # a user's text cannot make special tokens:
+    shown = "\ufffc" if spelt else prompt  # it stands aside while the template writes its own
+    text = shown + "\n"
     if tokenizer.chat_template is not None:
         text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": "\ufffc"}], tokenize=False, add_generation_prompt=True,
+            [{"role": "user", "content": shown}], tokenize=False, add_generation_prompt=True,
             enable_thinking=False)  # Qwen3: the answer at once
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    if any(name in prompt for name in special):  # a user's text cannot make special tokens
-        before, after = (tokenizer(piece, add_special_tokens=False).input_ids
-                         for piece in text.split("\ufffc"))
-        ids = before + plain_ids(tokenizer, prompt) + after
-    else:
-        ids = tokenizer(text.replace("\ufffc", prompt), add_special_tokens=False).input_ids
+    ids, *others = (tokenizer(piece, add_special_tokens=False).input_ids
+                    for piece in (text.split(shown) if spelt else [text]))
+    for piece in others:
+        ids = ids + plain_ids(tokenizer, prompt) + piece
     own = tokenizer("").input_ids[:1]  # what the tokenizer itself begins with
     missing = own == [tokenizer.bos_token_id] and ids[:1] != own  # some templates write it, too
     return own + ids if missing else ids
@@ -831,13 +826,13 @@ def draw_replay(state: State, epoch: int, cfg: Config) -> Batch | None:
 
 
 def optimizer_step(optimizer: torch.optim.Optimizer, cfg: Config) -> float:
-    """Clip the gradient, take the step; its norm. Raises FloatingPointError unless it is finite."""
+    """Clip the gradient, take the step; its norm. Raises RunError unless it is finite."""
     parameters = optimizer.param_groups[0]["params"]
     for parameter in parameters if dist.is_initialized() else ():
         dist.all_reduce(parameter.grad)
     norm = nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm or math.inf).item()
     if not math.isfinite(norm):
-        raise FloatingPointError(f"the gradient is {norm}: start a new run with a lower --lr")
+        raise RunError(f"the gradient is {norm}: start anew with a lower learning rate")
     optimizer.step()
     optimizer.zero_grad()
     return norm
@@ -890,7 +885,8 @@ def join_ranks(cfg: Config) -> Config:
         cfg = replace(cfg, out=join_ranks.aside.name)
     if cuda:
         torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if cuda else "gloo")  # waits for all
+    dist.init_process_group("nccl" if cuda else "gloo")
+    over_ranks(0)  # waits for all: rank 0 may be building the model tiny
     return cfg
 
 
@@ -921,7 +917,7 @@ def read_config(arguments: list[str]) -> tuple[Config, bool]:
         parser.error(f"--data and --eval-data are code edits: leave out --task {cfg.task}")
     if not has_teacher(cfg) and (cfg.blind or cfg.inspect or cfg.compare):
         parser.error("--method opd, --inspect and --compare need a teacher: name one")
-    if cfg.rollouts == 1 and not (cfg.eval_only or cfg.imitate or has_teacher(cfg)):
+    if cfg.rollouts == 1 and (cfg.compare or not (cfg.imitate or has_teacher(cfg))):
         parser.error("--rollouts 1 leaves no other answer to compare with: give at least 2")
     kind = command.removesuffix("_only") or f"{cfg.method}-s{cfg.seed}"
     return replace(cfg, out=cfg.out or f"runs/{cfg.task}-{kind}"), False
@@ -931,7 +927,7 @@ def saved_config(parser: argparse.ArgumentParser, folder: str, said: dict) -> Co
     """The Config of a run to go on with. What was said may only prolong or move it."""
     try:
         held = json.loads(Path(folder, "config.json").read_text("utf-8"))
-        saved = Config(**{option.name: held[option.name] for option in fields(Config)})
+        saved = Config(**{**held, **{f.name: held[f.name] for f in fields(Config)}})
     except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
         parser.error(f"--resume {folder} is no run of this version ({error!r}): give its --out")
     for name in said.keys() - {"steps", "save_every", "device", "micro_tokens"}:
@@ -994,7 +990,8 @@ def train_tokenizer(texts: list[str], vocab: int):
 
 def pretrain(documents: list[tuple[str, str]], recipe: dict) -> Policy:
     """A small Llama, trained on the answers only: at this size, else copying never emerges."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM, utils
+    utils.logging.disable_progress_bar()  # of writing files
     tokenizer = train_tokenizer([text for pair in documents for text in pair], recipe["vocab"])
     stop = tokenizer.eos_token_id
     torch.manual_seed(recipe["seed"])
@@ -1153,7 +1150,7 @@ def adapter_base(name: str) -> str:
     """The base model of an adapter that PEFT has written, '' if that is none. Raises RunError."""
     found = Path(name, "adapter_config.json")
     with reading(found, "give the whole folder of a plain LoRA adapter of PEFT"):
-        return read_json(found)["base_model_name_or_path"] if found.exists() else ""
+        return json.loads(found.read_bytes())["base_model_name_or_path"] if found.exists() else ""
 
 
 def load_adapter(model: nn.Module, name: str, folder: Path) -> None:
@@ -1238,7 +1235,7 @@ def kl_and_entropy(policy: Policy, p: Role, q: Role, batches: list[Batch], cfg: 
 
 
 def split_scores(policy: Policy, task: tasks.Task, role: Role, split: str, cfg: Config) -> tuple:
-    """Scores on one set of problems, and k samples of each at temperature 1."""
+    """Scores on a split, edit metrics of passing samples only; and samples at temperature 1."""
     examples = task.evals[split]
     _, texts, greedy = answer(policy, role, examples, 1, 0.0, cfg, task.verify)
     batches, _, verdicts = answer(policy, role, examples, PASS_K, 1.0, cfg, task.verify)
@@ -1248,7 +1245,6 @@ def split_scores(policy: Policy, task: tasks.Task, role: Role, split: str, cfg: 
               "reward": mean(v.reward for v in verdicts),
               "format": mean(v.formatted for v in verdicts)}
     for name in task.edit_metrics:
-        # of samples that pass: a failing edit repairs nothing
         scores[name] = mean(v.metrics[name] for v in verdicts if v.passed) if any(solved) else None
     return {**scores, "passes": [int(v.passed) for v in greedy], "answers": texts}, batches
 
@@ -1378,10 +1374,11 @@ def load_checkpoint(folder: Path, policy: Policy, state: State, cfg: Config) -> 
 
 
 def holds_run(cfg: Config) -> bool:
-    """Is this very run in its folder? Raises RunError where there is another."""
-    found = Path(cfg.out, "config.json")
-    if found.exists() and {**read_json(found), "out": cfg.out} != asdict(cfg):
-        raise RunError(f"{cfg.out} holds a run of other options: give another --out, or delete it")
+    """Is this very run in its folder? Raises RunError where there is another, or other data."""
+    found, names = Path(cfg.out, "config.json"), [*Path(cfg.out).glob("*.json"),
+                                                  *Path(cfg.out).glob("*.jsonl")]
+    if names and (not found.exists() or {**read_json(found), "out": cfg.out} != asdict(cfg)):
+        raise RunError(f"{cfg.out} holds other options or data: give another --out, or delete it")
     return found.exists()
 
 
@@ -1400,7 +1397,7 @@ def log_step(out: Path, metrics: dict, samples: list[dict], seconds: float) -> N
             file.writelines(json.dumps(record) + "\n" for record in records)
             file.flush()
             os.fsync(file.fileno())  # before a checkpoint can say that the step was taken
-    shown = {n: f"{v:.3g}" for n, v in {**metrics, "seconds": seconds}.items() if n in COLUMNS}
+    shown = {n: f"{v:.4g}" for n, v in {**metrics, "seconds": seconds}.items() if n in COLUMNS}
     names = [name for name in COLUMNS if name in shown or name.startswith("eval_")]
     if metrics["step"] % 20 == 1:
         print("".join(f"{COLUMNS[name]:>8}" for name in names))
@@ -1442,7 +1439,7 @@ def start(policy: Policy, task: tasks.Task, state: State, out: Path, cfg: Config
     for name in ("metrics.jsonl", "samples.jsonl"):
         (out / name).write_bytes(b"")
     given, rate = policy.reference, look(policy, task, cfg)["eval_format"]
-    if rate < cfg.format_threshold:
+    if over_ranks(rate) / over_ranks(1) < cfg.format_threshold:
         print(f"Step 1: {rate:.0%} of the answers are well-formed: format SFT first", flush=True)
         train_format(policy, task, cfg)
         print(f"Step 1: now {look(policy, task, cfg)['eval_format']:.0%} are")
@@ -1458,6 +1455,9 @@ def run(cfg: Config, resuming: bool) -> dict:
     state = State(adapter_optimizer(policy.model, "policy", cfg.lr), cfg.kl_coef)
     facts = environment(policy)
     print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
+    saved = out / "checkpoint" / "state.pt"
+    if resumed := resuming and saved.exists():
+        load_checkpoint(saved.parent, policy, state, cfg)
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.json").unlink(missing_ok=True)
     write_json(out / "config.json", asdict(cfg))
@@ -1465,15 +1465,13 @@ def run(cfg: Config, resuming: bool) -> dict:
         report = {"scores": evaluate(policy, task, policy.reference, cfg)}
         print_table({name: [flat(scores)] for name, scores in report.items()})
     else:
-        if resuming and (out / "checkpoint" / "state.pt").exists():
-            load_checkpoint(out / "checkpoint", policy, state, cfg)
-        else:
+        if not resumed:
             start(policy, task, state, out, cfg)
         before = {number: signal.signal(number, partial(ask_to_stop, state))
                   for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             train(policy, task, state, out, cfg)
-        except FloatingPointError as error:
+        except RunError as error:  # a gradient that is not finite
             ids = ", ".join(example.id for example in examples_at(task, state.step, cfg))
             raise RunError(f"step {state.step + 1}, on the examples {ids}: {error}") from None
         finally:
@@ -1536,7 +1534,8 @@ def variants_of(cfg: Config) -> dict[str, Config]:
     if cfg.compare:
         return {f"{name} {rate:g}": replace(base, method=name, lr=rate, **fixed)
                 for name, fixed in METHODS.items() for rate in (cfg.lr * f for f in RATES)}
-    return {name: replace(base, **change) for name, change in ABLATIONS.items()}
+    changed = {name: replace(base, **change) for name, change in ABLATIONS.items()}
+    return {name: one for name, one in changed.items() if name == "vcopd" or one != base}
 
 
 def compare(cfg: Config) -> None:
@@ -1628,7 +1627,7 @@ def plot(folders: list[str]) -> None:
     except ImportError:
         raise RunError("--plot needs matplotlib: pip install matplotlib") from None
     figure, image = Figure(figsize=(13, 8), layout="constrained"), io.BytesIO()
-    panels = figure.subplots(2, 3).flat
+    panels = list(figure.subplots(2, 3).flat)
     for folder in map(Path, folders):
         with reading(folder, "--plot takes the folder of a run or of a comparison"):
             if (folder / "table.json").exists():
