@@ -55,6 +55,10 @@ class UserError(Exception):
     """Something that a user can mend, in one sentence."""
 
 
+class LoadError(UserError):
+    """A data file, or a row of it, that cannot be used."""
+
+
 @dataclass(frozen=True)
 class Example:
     """One prompt, and everything its verifier needs."""
@@ -857,20 +861,19 @@ PRESETS = {"codeedit": {}, "arithmetic": {"rollouts": 8}}  # options that a task
 TASKS = {"arithmetic": arithmetic, "codeedit": code_edit}
 
 # Data files: one JSON object a line ==========================================================
-# A row that nobody can pass stops the run with file, line, field or id, and what was expected.
 
 PROGRAM_PROMPT = "Complete this function.\nReturn only the whole function."
 LINE_LIMIT = 4_000_000  # bytes; a longer one is hardly JSONL
 
 
 def load_rows(build: Callable, verify: Callable, path: str, skip: bool = False) -> list[Example]:
-    """The examples of a file, one a line, maybe gzipped. UserError for the first bad row; with
+    """The examples of a file, one a line, maybe gzipped. LoadError for the first bad row; with
     `skip`, bad rows are left out, and why is printed."""
     try:
         data = Path(path).read_bytes()
         data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read, expected a JSONL file: {error}") from None
+        raise LoadError(f"{path} cannot be read, expected a JSONL file: {error}") from None
     lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")  # without the byte order mark
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         rows = {number: threads.submit(read_row, line, build, verify)
@@ -880,42 +883,42 @@ def load_rows(build: Callable, verify: Callable, path: str, skip: bool = False) 
         try:
             example = row.result()
             if (first := places.setdefault(example.id, number)) != number:
-                raise UserError(f'id "{example.id}" must be unique, line {first} has it')
+                raise LoadError(f'id "{example.id}" must be unique, line {first} has it')
             examples.append(example)
-        except UserError as error:
+        except LoadError as error:
             faults.append(f"{path} line {number}: {error}")
     if faults and not skip:
-        raise UserError(faults[0])
+        raise LoadError(faults[0])
     if skip:
         print(f"{path}: {len(examples)} rows work, {len(faults)} do not", *faults, sep="\n    ")
     if not examples:
-        raise UserError(f"{path} holds no usable row, expected one JSON object a line")
+        raise LoadError(f"{path} holds no usable row, expected one JSON object a line")
     return examples
 
 
 def read_row(line: bytes, build: Callable, verify: Callable) -> Example:
-    """The example in one line. UserError if nobody can learn from it."""
+    """The example in one line. LoadError if nobody can learn from it."""
     if len(line) > LINE_LIMIT:
-        raise UserError(f"expected a JSON object of at most {LINE_LIMIT:,} bytes, got more")
+        raise LoadError(f"expected a JSON object of at most {LINE_LIMIT:,} bytes, got more")
     try:
         # int() refuses the words NaN and Infinity: a test that expects NaN could never pass.
         row = json.loads(line.decode(), parse_constant=int)
     except (ValueError, RecursionError) as error:
         why = str(error).replace("line 1 column", "column")
-        raise UserError(f"expected a JSON object in UTF-8: {why}") from None
+        raise LoadError(f"expected a JSON object in UTF-8: {why}") from None
     if not isinstance(row, dict):
-        raise UserError(f"expected a JSON object, got {row!a:.20}")
+        raise LoadError(f"expected a JSON object, got {row!a:.20}")
     example, *fields = build(row)
     for field, source in zip(fields, (example.buggy, example.reference), strict=True):
         if why := format_error(source, example):
-            raise UserError(f'field "{field}" must hold the source of the function, got {why}')
+            raise LoadError(f'field "{field}" must hold the source of the function, got {why}')
     if example.buggy == example.reference:
-        raise UserError(f'field "{fields[1]}" must differ from field "{fields[0]}"')
+        raise LoadError(f'field "{fields[1]}" must differ from field "{fields[0]}"')
     row_name, right = f'id "{example.id}"', verify(example, example.reference)
     if not right.passed:
-        raise UserError(f'{row_name}: its reference must pass its tests, got "{right.reason}"')
+        raise LoadError(f'{row_name}: its reference must pass its tests, got "{right.reason}"')
     if verify(example, example.buggy).passed:
-        raise UserError(f"{row_name}: its buggy function must fail a test, but passes them all")
+        raise LoadError(f"{row_name}: its buggy function must fail a test, but passes them all")
     return example
 
 
@@ -927,7 +930,7 @@ def edit_from_row(row: dict) -> tuple[Example, str, str]:
         names = "task_id", "entry_point", "buggy_solution", "canonical_solution"
     elif ("tests" in row) == ("test_code" in row):
         got = "both" if "tests" in row else "neither"
-        raise UserError(f'expected one of the fields "tests" and "test_code", got {got}')
+        raise LoadError(f'expected one of the fields "tests" and "test_code", got {got}')
     elif "tests" in row:
         tests, script = tests_field(row), ""
     else:
@@ -938,7 +941,7 @@ def edit_from_row(row: dict) -> tuple[Example, str, str]:
     limits = {name: row.get(name, 0.0) for name in ("seconds", "tolerance")}
     for name, value in limits.items():
         if type(value) not in (int, float) or not 0 <= value <= 60:
-            raise UserError(f'field "{name}" must be a number from 0 to 60, got {value!r:.20}')
+            raise LoadError(f'field "{name}" must be a number from 0 to 60, got {value!r:.20}')
     entry_point = unicodedata.normalize("NFKC", entry_point)  # as Python reads names
     asked = text_field({"instruction": EDIT_PROMPT, **({} if head else row)}, "instruction")
     example = edit_example(id, head + buggy, head + reference, entry_point, tests, script, asked)
@@ -959,10 +962,10 @@ def text_field(row: dict, name: str, script: bool = False) -> str:
     """A string that is not blank, and that a file and a tokenizer can hold; or a test script."""
     value = row.get(name)
     if not isinstance(value, str) or not value.strip() or BAD_CHARACTERS.search(value):
-        raise UserError(f'field "{name}" must be text without NUL, byte order mark and lone '
+        raise LoadError(f'field "{name}" must be text without NUL, byte order mark and lone '
                         f'surrogates, got {value!a:.20}')
     if script and "def check(" not in value:
-        raise UserError(f'field "{name}" must be a script that defines check(candidate)')
+        raise LoadError(f'field "{name}" must be a script that defines check(candidate)')
     return value
 
 
@@ -974,18 +977,17 @@ def tests_field(row: dict) -> tuple:
             isinstance(test, dict) and test.keys() == {"args", "expected"}
             and isinstance(test["args"], list) for test in tests)
     if not shaped:
-        raise UserError('field "tests" must be a list of {"args": [...], "expected": ...}, got '
+        raise LoadError('field "tests" must be a list of {"args": [...], "expected": ...}, got '
                         f'{ascii(tests):.60}')
     return tuple((tuple(test["args"]), test["expected"]) for test in tests)
 
 
-# Code edits, in own rows or in those of HumanEvalPack, and functions to complete, in HumanEval's
 load_edits = partial(load_rows, edit_from_row, verify_edit)
 load_benchmark = partial(load_rows, program_from_row, verify_program)
 
 
 def load_task(cfg) -> Task:
-    """The task of a Config, with the data files in place of its own rows. Raises UserError."""
+    """The task of a Config, with the data files in place of its own rows. Raises LoadError."""
     task, skip = TASKS[cfg.task](), cfg.skip_bad_rows or cfg.check
     evals, benchmark = task.evals, task.benchmark
     if cfg.data:
@@ -1001,12 +1003,12 @@ def load_task(cfg) -> Task:
 
 
 def fitting(task: Task, limit: float, length: Callable[[str], int], skip: bool) -> Task:
-    """The task, or with `skip` what of it has at most `limit` tokens, hint included. UserError."""
+    """The task, or with `skip` what of it has at most `limit` tokens, hint included. LoadError."""
     def keep(examples: list[Example]) -> list[Example]:
         sizes = [length(privileged_prompt(example)) for example in examples]
         kept = [example for example, size in zip(examples, sizes, strict=True) if size <= limit]
         if len(kept) < len(examples) and not (skip and kept):
-            raise UserError(f"{examples[sizes.index(max(sizes))].id} with its hint has {max(sizes)}"
+            raise LoadError(f"{examples[sizes.index(max(sizes))].id} with its hint has {max(sizes)}"
                             f" tokens of {limit}: lower --max-new-tokens, or give --skip-bad-rows")
         if len(kept) < len(examples):
             print(f"{len(examples) - len(kept)} of {len(examples)} rows are too long: left out")
@@ -1029,9 +1031,8 @@ def show_learnt(before: dict, after: dict, examples: list[Example]) -> None:
 
 
 # The judge ===================================================================================
-# What arrives is not trusted: a bounded number of bytes, parsed to lists and strings, compared
-# along the *expected* value, so that a strange reply costs no more. A verdict is computed here from
-# values; a reason is text for people, prefixed if the other side chose it, and never compared.
+# What arrives is not trusted: so many bytes, parsed to lists and strings, compared along the
+# *expected* value. A verdict is computed here from values; a reason is text for people alone.
 
 UNSAFE_JUDGE = False  # True: run candidates even where the kernel cannot keep them from files
 REASON = re.compile(r"\w[\w ]{0,80}")  # what a candidate's process may say about itself
@@ -1124,9 +1125,8 @@ def run_job(job: bytes, seconds: float, processes: int) -> tuple[object, str]:
     if len(reply) > MAX_REPLY:
         return None, "too much output"
     if status or not reply:
-        if not os.WIFSIGNALED(status):
-            return None, "left early"
-        return None, "timeout" if os.WTERMSIG(status) == signal.SIGKILL else "killed"  # by a limit
+        killed = "timeout" if os.WTERMSIG(status) == signal.SIGKILL else "killed"  # by a limit
+        return None, killed if os.WIFSIGNALED(status) else "left early"
     try:
         return parse_line(reply), ""
     except (ValueError, RecursionError):

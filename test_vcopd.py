@@ -147,7 +147,7 @@ def experience(advantage, logp_old, gap, mask=None) -> vcopd.Experience:
     mask = torch.ones(old.shape, dtype=torch.bool) if mask is None else mask
     batch = vcopd.Batch([[EOS]] * len(old), torch.zeros(old.shape, dtype=torch.long), mask)
     return vcopd.Experience(batch, torch.arange(len(old)), None, torch.as_tensor(advantage),
-                            None, old, gap)
+                            old, gap)
 
 
 def likes_a(example: tasks.Example, answer: str) -> tasks.Verdict:
@@ -2894,7 +2894,7 @@ def test_seconds_and_tolerance_of_a_row_reach_the_judge(tmp_path):
     row = own(reference=slow, buggy="def total(x):\n    return x",
               tests=[{"args": [1], "expected": 1.14}])
     for new, why in (({"tolerance": 0.05}, "timeout"), ({"seconds": 3}, "test 1: wrong value")):
-        with pytest.raises(tasks.UserError, match=f'must pass its tests, got "{why}"'):
+        with pytest.raises(tasks.LoadError, match=f'must pass its tests, got "{why}"'):
             tasks.load_edits(written(tmp_path, {**row, **new}))
     both = {**row, "tolerance": 0.05, "seconds": 3}
     assert len(tasks.load_edits(written(tmp_path, both))) == 1

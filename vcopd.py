@@ -414,9 +414,9 @@ class Experience:
     index: Tensor  # (b,) row numbers in the whole batch
     hidden_ref: Tensor  # (N, D) of pi_ref: its logits would be V / D times larger
     advantage: Tensor  # (b,)
-    logp_teacher: Tensor | None  # (b, T), None without a teacher
     logp_old: Tensor  # (b, T)
     gap: Tensor  # (b, T)
+    logp_teacher: Tensor | None = None  # (b, T), None without a teacher
 
 
 @torch.no_grad()
@@ -434,8 +434,8 @@ def score(policy: Policy, batch: Batch, examples: list[tasks.Example], advantage
             hinted = [tasks.privileged_prompt(examples[i // k]) for i in index.tolist()]
             hinted = replace(some, contexts=[teacher.encode(prompt) for prompt in hinted])
             logp_teacher = log_probs(teacher, role, hinted, cfg.temperature)
-        parts.append(Experience(some, index, hidden_ref, advantage[index], logp_teacher, logp_old,
-                                teacher_gap(logp_teacher, logp_old, cfg.gap_clip)))
+        parts.append(Experience(some, index, hidden_ref, advantage[index], logp_old, teacher_gap(
+            logp_teacher, logp_old, cfg.gap_clip), logp_teacher))
     return parts
 
 
