@@ -9,14 +9,15 @@ A language model learns a new skill from its own samples and forgets little: a v
 good they are, and a teacher hints at tokens inside that verdict, by lambda * clip (0.1) at most.
 The source is an essay by Marvin B. Freedman (2026); lines marked `differs:` depart from it.
 
-    python vcopd.py --task codeedit              # 7 minutes on 2 cores the first time, then 3
+    python vcopd.py --task codeedit              # 4 minutes on 2 cores the first time, then 2
     python vcopd.py --task arithmetic            # 3 minutes the first time, then 1.5
     python vcopd.py --task codeedit --method rl  # the same loop without a teacher
 
 Start reading at `train`, the first function of Part I: it repeats the essay's Steps 2 to 6.
 
-One frozen model plays every role; named LoRA adapters and the prompt decide which. (A PEFT folder
-as --model is one more frozen adapter of pi_ref and pi_theta.)
+One frozen model plays every role; named LoRA adapters and the prompt decide which. Only {policy}
+is trained: a run begins by printing its size (`environment`). A PEFT folder as --model is one more
+frozen adapter of pi_ref and pi_theta.
 
     pi_0, the base         no adapter                                       the prompt
     pi_ref, KL anchor      {format} if Step 1 ran                           the prompt
