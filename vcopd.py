@@ -168,7 +168,8 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 progress = partial(tqdm, mininterval=1, disable=None, leave=False)  # where somebody is watching
-COMMANDS = ("eval_only", "check", "inspect", "bench", "compare", "ablations")
+COMMANDS = {"eval_only": ("method", "steps"), "check": (), "inspect": (), "bench": (),
+            "compare": ("method",), "ablations": ("method",)}  # and the options that they settle
 LOGITS = 2**22  # held at one time, so that (B, T, V) never exists
 PASS_K = 4  # k of pass@k: a constant, so that runs with other --rollouts can be compared
 RATES = (0.3, 1.0, 3.0)  # times --lr: each method is compared at each of them
@@ -869,7 +870,7 @@ def over_ranks(value):
     return sum(boxes)
 
 
-def join_ranks(cfg: Config) -> Config:
+def join_ranks(cfg: Config, task: tasks.Task) -> Config:
     """Meet the other processes, if torchrun started this one; its Config. Raises RunError."""
     if not dist.is_torchelastic_launched():
         return cfg
@@ -884,10 +885,12 @@ def join_ranks(cfg: Config) -> Config:
         if Path(cfg.out).exists():
             shutil.copytree(cfg.out, join_ranks.aside.name, dirs_exist_ok=True)
         cfg = replace(cfg, out=join_ranks.aside.name)
+    elif cfg.model == "tiny":
+        build_tiny(task)
     if cuda:
         torch.cuda.set_device(local)
     dist.init_process_group("nccl" if cuda else "gloo")
-    over_ranks(0)  # waits for all: rank 0 may be building the model tiny
+    over_ranks(0)  # waits for all: rank 0 may still be building the model tiny
     return cfg
 
 
@@ -908,16 +911,16 @@ def read_config(arguments: list[str]) -> tuple[Config, bool]:
     preset = tasks.PRESETS.get(said.get("task", Config.task), {})
     cfg = Config(**{**tiny, **preset, **method, **said})
     command = next((name for name in COMMANDS if getattr(cfg, name)), "")
-    for name in said.keys() & method.keys():
-        parser.error(f"{flag(name)} contradicts --method {cfg.method}: leave one out")
-    if "method" in said and (cfg.compare or cfg.ablations):
-        parser.error(f"--method contradicts {flag(command)}, which chooses it: leave one out")
+    fixed = {**dict.fromkeys(method, f"--method {cfg.method}"),
+             **dict.fromkeys(COMMANDS.get(command, ()), flag(command))}
+    for name in said.keys() & fixed.keys():
+        parser.error(f"{flag(name)} contradicts {fixed[name]}: leave one out")
     if command and dist.is_torchelastic_launched():
         parser.error(f"torchrun trains one model: start {flag(command)} with python")
     if cfg.task != "codeedit" and (cfg.data or cfg.eval_data):
         parser.error(f"--data and --eval-data are code edits: leave out --task {cfg.task}")
-    if not has_teacher(cfg) and (cfg.blind or cfg.inspect or cfg.compare):
-        parser.error("--method opd, --inspect and --compare need a teacher: name one")
+    if not has_teacher(cfg) and (cfg.blind or cfg.inspect or cfg.compare or cfg.ablations):
+        parser.error("--method opd, --inspect, --compare and --ablations need a teacher: name one")
     if cfg.rollouts == 1 and (cfg.compare or not (cfg.imitate or has_teacher(cfg))):
         parser.error("--rollouts 1 leaves no other answer to compare with: give at least 2")
     kind = command.removesuffix("_only") or f"{cfg.method}-s{cfg.seed}"
@@ -1015,10 +1018,8 @@ def pretrain(documents: list[tuple[str, str]], recipe: dict) -> Policy:
 
 # Real models: any causal LM, as student or as teacher, and adapters in PEFT's format =========
 
-
-def load(cfg: Config) -> tuple[Policy, tasks.Task]:
+def load(cfg: Config, task: tasks.Task) -> tuple[Policy, tasks.Task]:
     """The policy, and the task without rows that it cannot read. Raises RunError."""
-    task = tasks.load_task(cfg)
     policy = load_policy(cfg, task)
     limit = min(getattr(reader.model.config, "max_position_embeddings", None) or math.inf
                 for reader in (policy, policy.teacher[0])) - cfg.max_new_tokens
@@ -1318,7 +1319,7 @@ def reading(path: Path | str, advice: str):
 
 def write_atomic(path: Path, data: bytes) -> None:
     """The old file or the new one, never half of it, even if the disk is full."""
-    aside = path.with_name(f"{path.name}.new")
+    aside = path.with_suffix(".new")
     try:
         with open(aside, "wb") as file:
             file.write(data)
@@ -1376,9 +1377,8 @@ def load_checkpoint(folder: Path, policy: Policy, state: State, cfg: Config) -> 
 
 def holds_run(cfg: Config) -> bool:
     """Is this very run in its folder? Raises RunError where there is another, or other data."""
-    found, names = Path(cfg.out, "config.json"), [*Path(cfg.out).glob("*.json"),
-                                                  *Path(cfg.out).glob("*.jsonl")]
-    if names and (not found.exists() or {**read_json(found), "out": cfg.out} != asdict(cfg)):
+    found, taken = Path(cfg.out, "config.json"), any(Path(cfg.out).glob("*.json*"))
+    if taken and (not found.exists() or {**read_json(found), "out": cfg.out} != asdict(cfg)):
         raise RunError(f"{cfg.out} holds other options or data: give another --out, or delete it")
     return found.exists()
 
@@ -1449,11 +1449,12 @@ def start(policy: Policy, task: tasks.Task, state: State, out: Path, cfg: Config
     save_checkpoint(out / "checkpoint", policy, state)
 
 
-def run(cfg: Config, resuming: bool) -> dict:
+def run(cfg: Config, resuming: bool, task: tasks.Task) -> dict:
     """One whole run, or one evaluation, in the folder `cfg.out`; its report. Raises RunError."""
     started, out = time.perf_counter(), Path(cfg.out)
-    policy, task = load(cfg)
-    state = State(adapter_optimizer(policy.model, "policy", cfg.lr), cfg.kl_coef)
+    policy, task = load(cfg, task)
+    state = None if cfg.eval_only else State(
+        adapter_optimizer(policy.model, "policy", cfg.lr), cfg.kl_coef)
     facts = environment(policy)
     print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
     saved = out / "checkpoint" / "state.pt"
@@ -1520,13 +1521,13 @@ def print_table(columns: dict[str, list[dict]]) -> None:
 
 # --compare and --ablations: run after run from one base, and one table =======================
 
-def run_or_load(cfg: Config) -> dict:
+def run_or_load(cfg: Config, task: tasks.Task) -> dict:
     """The report of a run: made unless it is there; a run that was cut short goes on."""
     begun, report = holds_run(cfg), Path(cfg.out, "report.json")
     if report.exists():
         return read_json(report)
     print(f"\n=== {cfg.out}", flush=True)
-    return run(cfg, begun)
+    return run(cfg, begun, task)
 
 
 def variants_of(cfg: Config) -> dict[str, Config]:
@@ -1541,9 +1542,9 @@ def variants_of(cfg: Config) -> dict[str, Config]:
 
 def compare(cfg: Config) -> None:
     """Run each variant with every seed; print one table, and save it with the numbers behind."""
-    columns, passes = {}, {}
+    task, columns, passes = tasks.load_task(cfg), {}, {}
     for name, variant in variants_of(cfg).items():
-        reports = [run_or_load(replace(variant, seed=seed, out=f"{cfg.out}/{name}-s{seed}"))
+        reports = [run_or_load(replace(variant, seed=seed, out=f"{cfg.out}/{name}-s{seed}"), task)
                    for seed in range(cfg.seed, cfg.seed + cfg.seeds)]
         columns.setdefault("base", [flat(reports[0]["before"])])
         columns[name] = [{**flat(report["after"]), "improved": float(report["verdict"]["improved"]),
@@ -1656,12 +1657,11 @@ def run_command(cfg: Config, resuming: bool) -> None:
         return compare(cfg)
     for name, command in (("check", check), ("inspect", inspect), ("bench", bench)):
         if getattr(cfg, name):
-            return command(cfg, *load(cfg))
+            return command(cfg, *load(cfg, tasks.load_task(cfg)))
     if not resuming and holds_run(cfg):
         raise RunError(f"{cfg.out} holds this run: --resume {cfg.out}, or give another --out")
-    if cfg.model == "tiny" and os.environ.get("RANK", "0") == "0":
-        build_tiny(tasks.TASKS[cfg.task]())  # the other processes wait for this one
-    run(join_ranks(cfg), resuming)
+    task = tasks.load_task(cfg)
+    run(join_ranks(cfg, task), resuming, task)
     print(f"\nResults are in {cfg.out}: read samples.jsonl there, or compare methods with\n"
           f"python vcopd.py --task {cfg.task} --model {cfg.model} --compare")
 
