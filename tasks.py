@@ -1,7 +1,4 @@
-"""Tasks of VC-OPD: problems, their verifiers, and the judge that runs untrusted code.
-
-To add a task, read contracts and arithmetic. Then come code edits, old skills, data files, judge.
-"""
+"""Tasks of VC-OPD: contracts, arithmetic, code edits, old skills, data files, and the judge."""
 
 from __future__ import annotations
 
@@ -9,10 +6,8 @@ import ast
 import atexit
 import builtins
 import contextlib
-import copy
 import ctypes
 import difflib
-import functools
 import gc
 import gzip
 import importlib
@@ -39,7 +34,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,7 +61,7 @@ class Example:
     prompt: str
     reference: str                # a right answer, as the model should write it
     hint: str                     # what only the teacher's prompt holds
-    skill: str = ""               # of an anchor: which old skill it guards
+    skill: str = ""               # which old skill it is about
     buggy: str = ""               # code: the function to repair, or to complete
     entry_point: str = ""         # code: the function that the tests call
     tests: tuple = ()             # code: ((args, expected), ...)
@@ -74,6 +69,7 @@ class Example:
     from_json: bool = False       # tests came from JSON: 1.0 may answer 1, a tuple a list
     seconds: float = 0.0          # code: CPU time of all tests together; 0 is the judge's default
     tolerance: float = 0.0        # code: how far a float may be off
+    demonstration: str = ""       # another right answer, for SFT to imitate; "": the reference
 
 
 @dataclass(frozen=True)
@@ -103,11 +99,12 @@ class Task:
     validation: tuple[list[Example], list[Example]]  # as evals and benchmark, to choose options on
     corpus: Callable[[random.Random], tuple[str, str]]  # a (prompt, answer) of tiny's pretraining
     edit_metrics: tuple[str, ...] = ()  # keys of Verdict.metrics to report; lower is better
+    unreplayed: tuple[str, ...] = ()  # old skills that no anchor guards, for tiny's pretraining
 
 
 def privileged_prompt(example: Example) -> str:
-    """What the teacher reads: the prompt and what only it may know."""
-    return f"{example.prompt}\n\nA right answer:\n{example.hint}"
+    """What the teacher reads: the prompt and what only it may know, if there is a hint."""
+    return example.prompt + (f"\n\nA right answer:\n{example.hint}" if example.hint else "")
 
 
 def part_of(text: str) -> int:
@@ -161,7 +158,7 @@ def sum_example(text: str) -> Example:
 def draw_sum(forms: list[str], parts: range, rng: random.Random) -> Example:
     """A sum of one of the forms, from the given parts of all sums."""
     while True:
-        text = re.sub("[a-d]", lambda _: str(rng.randint(1, 5)), rng.choice(forms))
+        text = re.sub("[a-d]", lambda _: str(rng.randint(1, 7)), rng.choice(forms))
         if part_of(text) in parts:
             return sum_example(text)
 
@@ -169,14 +166,13 @@ def draw_sum(forms: list[str], parts: range, rng: random.Random) -> Example:
 def sum_document(rng: random.Random) -> tuple[str, str]:
     """A sum as the web has it: often misread; with a hint, always right."""
     if rng.random() < 0.4:  # a single operation of the kind that comes up inside the sums
-        a, b, sign = rng.randint(1, 5), rng.randint(1, 5), rng.choice("+-*")
-        example = sum_example(f"{a if sign == '*' else rng.randint(-4, 25)} {sign} {b}")
+        a, b, sign = rng.randint(1, 7), rng.randint(1, 7), rng.choice("+-*")
+        example = sum_example(f"{a if sign == '*' else rng.randint(-6, 49)} {sign} {b}")
     else:
         example = draw_sum(FORMS, TRAIN, rng)
     if rng.random() < 0.3:
         return privileged_prompt(example), example.reference
-    text = example.id.removeprefix("sum/")
-    return example.prompt, worked(text, misread=rng.random() < 0.65)
+    return example.prompt, worked(example.id.removeprefix("sum/"), misread=rng.random() < 0.65)
 
 
 def verify_arithmetic(example: Example, completion: str) -> Verdict:
@@ -191,14 +187,14 @@ def verify_arithmetic(example: Example, completion: str) -> Verdict:
 
 def arithmetic() -> Task:
     """Order of operations in small sums."""
-    train, validation, test, unseen = (
+    train, validation, test, out = (
         distinct(partial(draw_sum, forms, parts), count, seed) for forms, parts, count, seed in (
-            (FORMS, TRAIN, 280, "train"), (FORMS, VALID, 90, "validation"),
-            (FORMS, TEST, 90, "in domain"), (FORMS_UNSEEN, TEST, 90, "out")))
-    anchors, benchmark, old_skills = skill_examples("skills", 20, 20, 8)
-    evals, validation = {"in_domain": test, "out_of_domain": unseen}, (validation, old_skills)
-    return Task("arithmetic", verify_arithmetic, train, evals, anchors, benchmark, validation,
-                sum_document)
+            (FORMS, TRAIN, 700, "train"), (FORMS, VALID, 100, "validation"),
+            (FORMS, TEST, 200, "in domain"), (FORMS_UNSEEN, TEST, 100, "out")))
+    near = ("leftwards", "operation")
+    anchors, benchmark, old_skills = skill_examples("skills", 20, 20, 8, near)
+    return Task("arithmetic", verify_arithmetic, train, {"in_domain": test, "out_of_domain": out},
+                anchors, benchmark, (validation, old_skills), sum_document, unreplayed=near)
 
 
 # Code edit, the verifier: format, tests, then what else the answer changed ===================
@@ -215,8 +211,6 @@ DEFINITIONS = (*FUNCTIONS, ast.ClassDef)
 HIDING = re.compile(r"(?<!\bre\.)\b(exec|eval|compile|getattr|get_field|get_type_hints|ForwardRef"
                     r"|globals|locals|vars|attrgetter|methodcaller|__\w+__|(?:f|gi|cr|ag|tb)_"
                     r"(?:back|builtins|code|frame|globals|locals|next))\b")
-ABOVE = re.compile(r"([ \t]*(#.*)?\n)*")  # blank lines and comments above a statement
-TRIALS = 12  # statements that are left out to see whether a test notices
 GONE = "'left out'"  # stands where a statement was
 BREAKS = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.ExceptHandler, ast.Match, ast.IfExp)
 LONG = 8  # a new string, number or comment with more characters counts by its words, cut to as
@@ -239,6 +233,7 @@ def verify_edit(example: Example, completion: str) -> Verdict:
     if statements(code).keys() != statements(example.reference).keys():
         shorter = edit_metrics(without_idle(example, code), example.buggy, example.reference)
         metrics = {name: max(value, shorter[name]) for name, value in metrics.items()}
+    metrics["styled"] = float("```" in completion)
     return Verdict(edit_reward(metrics), True, True, "ok", metrics)
 
 
@@ -256,23 +251,18 @@ def edit_reward(metrics: dict[str, float]) -> float:
 
 def read_answer(example: Example, completion: str) -> tuple[str, str]:
     """The program of a completion, what it omits put back; and '' or "format: why" it is none."""
-    code, why = unwrap_answer(completion)
-    why = why or format_error(code, example)
-    whole = "" if why else put_back_omitted(code, example.buggy)
-    why = why or format_error(whole, example)  # it may be too long now
-    return ("", f"format: {why}") if why else (whole, "")
-
-
-def unwrap_answer(text: str) -> tuple[str, str]:
-    """(code, '') from bare code or one fenced block, else ('', why)."""
-    text = tidy(re.sub(r"<think>\s*</think>", "", tidy(text), count=1))  # some begin with one
-    fenced = FENCED.fullmatch(text)
-    code = tidy(fenced[1] or "" if fenced else text)
+    text = tidy(re.sub(r"<think>\s*</think>", "", tidy(completion), count=1))  # some begin with one
+    code = tidy((fenced[1] or "") if (fenced := FENCED.fullmatch(text)) else text)
     if re.search("(?m)^```", code):
-        return "", "not one fenced block and nothing else"
-    if BAD_CHARACTERS.search(code):
-        return "", "NUL, byte order mark or lone surrogate"
-    return code, "" if code else "empty"
+        why = "not one fenced block and nothing else"
+    elif BAD_CHARACTERS.search(code):
+        why = "NUL, byte order mark or lone surrogate"
+    else:
+        why = format_error(code, example) if code else "empty"
+    if not why:
+        code = put_back_omitted(code, example.buggy)
+        why = format_error(code, example)  # it may be too long now
+    return ("", f"format: {why}") if why else (code, "")
 
 
 def format_error(code: str, example: Example) -> str:
@@ -289,14 +279,13 @@ def format_error(code: str, example: Example) -> str:
     return "" if loose <= known else "text outside the function"
 
 
-@functools.lru_cache(KEPT)
+@lru_cache(KEPT)
 def parse_python(source: str) -> ast.Module | None:
     """The syntax tree; None where there is none, or the source is too long or too deep."""
     try:
         if len(source.encode()) > PARSE_LIMIT:
             return None
-        with PARSE_LOCK, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with PARSE_LOCK, warnings.catch_warnings(action="ignore"):
             tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
@@ -325,7 +314,7 @@ def put_back_omitted(code: str, shown: str) -> str:
     for key, text in top_level(code):
         waiting += text
         if key in given:
-            above, own = (ABOVE.match(text)[0] for text in (given[key], waiting))
+            above, own = (re.match(r"([ \t]*(#.*)?\n)*", text)[0] for text in (given[key], waiting))
             placed[key] += waiting if own.strip() else above + waiting[len(own):]
             waiting = ""
     return tidy("".join(placed[key] if placed[key].strip() else given[key] for key in given))
@@ -342,7 +331,7 @@ def run_example(example: Example, code: str) -> Outcome:
 def without_idle(example: Example, code: str) -> str:
     """A passing answer without statements that no test misses, unless the reference has them so."""
     tried: set[str] = set()
-    for _ in range(TRIALS):
+    for _ in range(12):  # statements are left out, to see whether a test notices
         found = {kind: node for kind, node in statements(code).items() if kind not in tried}
         if not found:
             break
@@ -386,13 +375,12 @@ def edit_metrics(answer: str, buggy: str, reference: str) -> dict[str, float]:
     for token in m:
         whole = token in known or token.isidentifier() or token.isspace() or len(token) <= LONG
         spelt += [token] if whole else [f"# {word}" for word in WORDS.findall(token)]
-    extra = levenshtein(spelt, c) - levenshtein(g, c)
     cog_m, cog_c, cog_g = map(cognitive_complexity, (answer, buggy, reference))
     # Lines count as in a diff, but the fewest possible: difflib's greedy matching may report more.
     lines_m, lines_c, lines_g = (source.split("\n") for source in (answer, buggy, reference))
     extra_lines = levenshtein(lines_m, lines_c) - levenshtein(lines_g, lines_c)
     # differs: nel, acc and ulr are held in [0, 1], so that no pass is worth less than a fail
-    return {"nel": max(0, extra) / max(len(spelt), len(c), 1),
+    return {"nel": max(0, levenshtein(spelt, c) - levenshtein(g, c)) / max(len(spelt), len(c), 1),
             "acc": min(1.0, max(0, cog_m - max(cog_c, cog_g)) / 3),
             "ulr": min(1.0, max(0, extra_lines) / len(lines_c)),
             "excess_edit": (levenshtein(m, c) / max(len(m), len(c), 1)
@@ -400,32 +388,19 @@ def edit_metrics(answer: str, buggy: str, reference: str) -> dict[str, float]:
 
 
 def levenshtein(a: Sequence, b: Sequence) -> int:
-    """Fewest insertions, deletions and substitutions from `a` to `b`. Bit-parallel (Myers 1999,
-    Hyyro 2003): bit i of `up` (`down`): cell i of a column is one above (below) the cell before."""
-    start = len(os.path.commonprefix([a, b]))  # of lists, too
-    a, b = a[start:], b[start:]
-    stop = len(os.path.commonprefix([a[::-1], b[::-1]]))
-    a, b = a[:len(a) - stop], b[:len(b) - stop]
-    if not a:
-        return len(b)
-    places: dict = {}
-    for i, item in enumerate(a):
-        places[item] = places.get(item, 0) | 1 << i
-    ones, last = (1 << len(a)) - 1, 1 << (len(a) - 1)
-    up, down, distance = ones, 0, len(a)
-    for item in b:
-        match = places.get(item, 0)
-        level = (((match & up) + up) ^ up) | match | down    # equal to its upper left neighbour
-        rise = down | (ones & ~(level | up))                 # one above its left neighbour
-        fall = level & up                                    # one below it
-        distance += bool(rise & last) - bool(fall & last)
-        rise, fall = rise << 1 | 1, fall << 1                # row 0 rises by one a column
-        up = (fall | ~(level | rise)) & ones
-        down = rise & level & ones
-    return distance
+    """Fewest insertions, deletions and substitutions from `a` to `b`, row by row."""
+    for _ in range(2):  # cut off the common start, turn round, then the common end
+        start = len(os.path.commonprefix([a, b]))  # of lists, too
+        a, b = a[start:][::-1], b[start:][::-1]
+    row = list(range(len(b) + 1))
+    for i, one in enumerate(a, 1):
+        corner, row[0] = row[0], i
+        for j, other in enumerate(b, 1):
+            corner, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, corner + (one != other))
+    return row[-1]
 
 
-@functools.lru_cache(KEPT)
+@lru_cache(KEPT)
 def code_tokens(source: str) -> list[str]:
     """Python tokens, comments and white space included; of broken code, words and signs."""
     try:
@@ -436,13 +411,12 @@ def code_tokens(source: str) -> list[str]:
             for token in tokens if token.type != tokenize.ENDMARKER]
 
 
-@functools.lru_cache(KEPT)
+@lru_cache(KEPT)
 def cognitive_complexity(source: str) -> int:
     """SonarSource's cognitive complexity 1.5, simplified; 0 if the source does not parse."""
-    tree = parse_python(source)
-    body = tree.body if tree else []
+    tree = parse_python(source) or ast.Module([])
     # A function nests its body by one; for those at the top (or in a class) this must give 0.
-    return sum(added_complexity(node, -isinstance(node, DEFINITIONS)) for node in body)
+    return sum(added_complexity(node, -isinstance(node, DEFINITIONS)) for node in tree.body)
 
 
 def added_complexity(node: ast.AST, nesting: int, is_elif: bool = False) -> int:
@@ -519,30 +493,27 @@ NAMES = {names.split()[0]: names.split() for names in (  # identifier in a templ
     "xs numbers values nums items data scores ages", "x v num e item y", "total result acc res",
     "out found kept new", "best top cur", "first head", "i j k", "n a size p", "m b limit q",
     "s text word line", "t other rest", "c ch letter", "ws words names tags", "w name tag")}
-PREFIXES = ["", "get_", "my_", "calc_"]
-FLIPPED = {  # operator -> what it is mistaken for
-    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
-    ast.NotEq: ast.Eq, ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add,
-    ast.Mod: ast.FloorDiv}
-CONFUSED = {  # name of a function or method -> what it is mistaken for
-    "max": "min", "min": "max", "len": "sum", "abs": "int", "sorted": "list",
-    "upper": "lower", "startswith": "endswith", "append": "extend"}
+FLIPPED = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
+           ast.NotEq: ast.Eq, ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add,
+           ast.Mod: ast.FloorDiv}  # operator -> what it is mistaken for
+CONFUSED = {"max": "min", "min": "max", "len": "sum", "abs": "int", "sorted": "list",
+            "upper": "lower", "append": "extend"}  # name of a function -> what it is mistaken for
 # Bug operator -> how often it is drawn. As in real one-statement bugs (TSSB-3M, Richter and
 # Wehrheim 2022), wrong names, operands, arguments and calls are common, plain operators rare.
-OPERATORS = {"identifier": 16, "operand": 12, "argument_swap": 10, "call": 10, "constant": 8,
-             "comparison": 6, "range_bound": 6, "condition": 5, "start": 5, "index": 5,
-             "slice": 5, "boolean": 4, "accumulate": 4}
-OPERATORS_UNSEEN = {"operator": 2, "method": 6, "missing_call": 8, "swapped_operands": 4,
-                    "early_return": 4}
+OPERATORS = {"identifier": 16, "operand": 12, "argument_swap": 10, "constant": 8, "comparison": 6,
+             "range_bound": 6, "start": 5, "index": 5, "boolean": 4, "accumulate": 4,
+             "swapped_operands": 4, "early_return": 4, "operator": 2}
+# Not in post-training, but in pretraining: bugs that tiny never met it repairs best, .9 of them.
+OPERATORS_UNSEEN = {"call": 10, "missing_call": 8, "method": 6, "condition": 5, "slice": 5}
 STEPS = 2000  # lines that one of our own functions may run
 POOL = 200  # inputs: two programs that agree on all of them are taken to be the same
 
 
-@functools.cache
+@cache
 def read_families(text: str) -> list[tuple[str, str]]:
     """(name, source) of each. "; " ends a statement of the body, ": " opens a deeper block."""
     families = []
-    for line in text.strip().replace("\n   ", "").split("\n"):
+    for line in text.strip().split("\n"):
         head, docstring, body = re.match(r"(.*?): (.*?\.) (.*)", line).groups()
         if "return" not in body:
             body += f"; return {body.split()[0]}"
@@ -558,19 +529,15 @@ def draw_input(name: str, rng: random.Random):
     """A value for an argument of a family; small, so that border cases come up."""
     if name in ("n", "m"):
         return rng.randint(0, 8)
-    if name == "xs":
-        return [rng.randint(-2, 8) for _ in range(rng.randint(1, 7))]
+    size = rng.randint(1, 5 if name == "ws" else 7)
     if name in ("s", "t"):
-        return "".join(rng.choice("aabcdeA") for _ in range(rng.randint(1, 7)))
-    return [draw_input("s", rng) for _ in range(rng.randint(1, 5))]
+        return "".join(rng.choice("aabcdeA") for _ in range(size))
+    return [draw_input("s", rng) if name == "ws" else rng.randint(-2, 8) for _ in range(size)]
 
 
 def changed(node: ast.AST, **fields) -> ast.AST:
     """A copy of a node with some of its fields replaced."""
-    node = copy.copy(node)
-    for name, value in fields.items():
-        setattr(node, name, value)
-    return node
+    return type(node)(**{**vars(node), **fields})
 
 
 def expression_bugs(node: ast.AST, names: list[str]) -> Iterator[tuple[str, ast.AST]]:
@@ -596,9 +563,8 @@ def expression_bugs(node: ast.AST, names: list[str]) -> Iterator[tuple[str, ast.
         case ast.Subscript(_, ast.Slice(lower, upper)):
             yield "slice", changed(node, slice=ast.Slice(upper, lower))
         case ast.Subscript(_, ast.UnaryOp() | ast.Constant()):
-            at = ast.literal_eval(node.slice)
-            others = (ast.Constant(new) for new in (-1, 0, 1) if new != at)
-            yield from (("index", changed(node, slice=other)) for other in others)
+            yield from (("index", changed(node, slice=ast.Constant(new)))
+                        for new in (-1, 0, 1) if new != ast.literal_eval(node.slice))
 
 
 def other_bugs(node: ast.AST, names: list[str]) -> Iterator[tuple[str, ast.AST]]:
@@ -617,8 +583,7 @@ def other_bugs(node: ast.AST, names: list[str]) -> Iterator[tuple[str, ast.AST]]
                         for other in names if ast.unparse(inner) != other)
         case ast.Call(ast.Name(name), [one, two]):
             yield "call", changed(node, func=ast.Name(CONFUSED[name]))
-            yield "argument_swap", changed(node, args=[one, one])
-            yield "argument_swap", changed(node, args=[two, two])
+            yield from (("argument_swap", changed(node, args=[arg, arg])) for arg in (one, two))
         case ast.Call(ast.Attribute(_, name)) if name in CONFUSED:
             yield "method", changed(node, func=changed(node.func, attr=CONFUSED[name]))
         case ast.Assign([ast.Name()], ast.Constant(int(value))):
@@ -626,9 +591,8 @@ def other_bugs(node: ast.AST, names: list[str]) -> Iterator[tuple[str, ast.AST]]
         case ast.AugAssign(target, op, value):
             yield "accumulate", ast.Assign([target], value, lineno=1)
             yield "operator", changed(node, op=FLIPPED[type(op)]())
-        case ast.FunctionDef(_, _, [*before, ast.For() as loop, ast.Return() as end]):
-            loop = changed(loop, body=[*loop.body, end])
-            yield "early_return", changed(node, body=[*before, loop])
+        case ast.FunctionDef(_, _, [*head, ast.For() as loop, ast.Return() as end]):
+            yield "early_return", changed(node, body=[*head, changed(loop, body=[*loop.body, end])])
 
 
 def bugs_in(tree: ast.FunctionDef) -> Iterator[tuple[str, ast.AST, ast.AST]]:
@@ -643,22 +607,19 @@ def bugs_in(tree: ast.FunctionDef) -> Iterator[tuple[str, ast.AST, ast.AST]]:
 def draw_bug(source: str, operators: dict[str, int], rng: random.Random) -> tuple[str, str] | None:
     """(bug operator, buggy source): the operator is drawn first. None if it does not apply here."""
     operator = rng.choices(list(operators), list(operators.values()))[0]
-    found = [bug for bug in bugs_in(ast.parse(source).body[0]) if bug[0] == operator]
-    if not found:
-        return None
-    _, node, wrong = rng.choice(found)
-    return operator, replaced(source, node, ast.unparse(wrong))
+    found = [replaced(source, node, ast.unparse(wrong))
+             for kind, node, wrong in bugs_in(ast.parse(source).body[0]) if kind == operator]
+    return (operator, rng.choice(found)) if found else None
 
 
 def outcomes(source: str, name: str, inputs: list[list]) -> Iterator[str]:
     """What our own function does on each input, in at most STEPS: repr of its value, or error."""
-    scope: dict = {}
-    exec(source, scope)
+    exec(source, scope := {})
     for args in inputs:
         before = sys.gettrace()
         try:
             sys.settrace(partial(count_steps, itertools.count()))
-            result = repr(scope[name](*copy.deepcopy(args)))
+            result = repr(scope[name](*json.loads(json.dumps(args))))
         except Exception as error:
             result = type(error).__name__
         finally:
@@ -673,7 +634,7 @@ def count_steps(steps: Iterator[int], frame, event: str, arg):
     return partial(count_steps, steps)
 
 
-@functools.cache
+@cache
 def strong_tests(source: str) -> tuple:
     """Tests ((args, expected), ...) that fail each wrong program that is one bug away: some inputs,
     the first that gives another value than they, and for each bug the first that shows it."""
@@ -682,8 +643,8 @@ def strong_tests(source: str) -> tuple:
     right = list(outcomes(source, tree.name, pool))
     chosen = {0, 1, 2, 3, next(i for i, value in enumerate(right) if value != right[0])}
     for wrong in {replaced(source, node, ast.unparse(bug)) for _, node, bug in bugs_in(tree)}:
-        pairs = enumerate(zip(right, outcomes(wrong, tree.name, pool), strict=False))
-        chosen |= set(itertools.islice((i for i, (a, b) in pairs if a != b), 1))
+        found = enumerate(outcomes(wrong, tree.name, pool))
+        chosen.add(next((i for i, value in found if value != right[i]), 0))
     return tuple((pool[i], ast.literal_eval(right[i])) for i in sorted(chosen))
 
 
@@ -701,31 +662,32 @@ def make_edit(families: list[tuple], operators: dict, parts: range, rng: random.
         family, template = rng.choice(families)
         names = {name: rng.choice(pool) for name, pool in NAMES.items()}
         constants = {"J": str(rng.randint(2, 4)), "K": str(rng.randint(2, 6))}
-        entry = names[family] = rng.choice(PREFIXES) + family
+        entry = names[family] = rng.choice(["", "get_", "my_", "calc_"]) + family
         plain = re.sub(r"\w+", lambda found, new=constants: new.get(found[0], found[0]), template)
         source = re.sub(r"\w+", lambda found, new=names: new.get(found[0], found[0]), plain)
-        bug = draw_bug(source, operators, rng) if part_of(source) in parts else None
-        if bug is None:
-            continue
-        tests = strong_tests(plain)
-        found = outcomes(bug[1], entry, [args for args, _ in tests])
-        if any(one != repr(expected) for one, (_, expected) in zip(found, tests, strict=True)):
-            return edit_example(f"{family}/{bug[0]}/{entry}", bug[1], source, entry, tests)
+        if bug := part_of(source) in parts and draw_bug(source, operators, rng):
+            tests = strong_tests(plain)
+            found = outcomes(bug[1], entry, [args for args, _ in tests])
+            if any(one != repr(right) for one, (_, right) in zip(found, tests, strict=True)):
+                return edit_example(f"{family}/{bug[0]}/{entry}", bug[1], source, entry, tests)
 
 
-def code_edit() -> Task:
-    """Repair a function by the smallest edit."""
-    seen, unseen = read_families(FAMILIES), read_families(FAMILIES_UNSEEN)
-    train, validation, test, unseen = (
+@cache
+def code_edit(name: str = "codeedit", change: Callable | None = None, style: float = 0.0) -> Task:
+    """Repair a function by the smallest edit. `change`: of training problems; `style`: of hints."""
+    seen, unseen = map(read_families, (FAMILIES, FAMILIES_UNSEEN))
+    train, validation, *tests = (
         distinct(partial(make_edit, families, bugs, parts), count, seed)
         for families, bugs, parts, count, seed in (
             (seen, OPERATORS, TRAIN, 1200, "train"), (seen, OPERATORS, VALID, 200, "validation"),
-            (seen, OPERATORS, TEST, 200, "in domain"),
-            (unseen, OPERATORS_UNSEEN, TEST, 200, "out")))
-    anchors, benchmark, old_skills = skill_examples("skills", 20, 20, 8)
-    evals, validation = {"in_domain": test, "out_of_domain": unseen}, (validation, old_skills)
-    return Task("codeedit", verify_edit, train, evals, anchors, benchmark, validation,
-                edit_document, ("excess_edit", "acc", "ulr"))
+            (seen, OPERATORS, TEST, 200, "in domain"), (seen, OPERATORS_UNSEEN, TEST, 100, "bugs"),
+            (unseen, {**OPERATORS, **OPERATORS_UNSEEN}, TEST, 100, "out")))
+    near = ("quote", "call")
+    anchors, benchmark, old_skills = skill_examples("skills", 20, 20, 8, near)
+    evals = dict(zip(("in_domain", "new_bugs", "out_of_domain"), tests, strict=True))
+    train = [replace(example, **change(example)) for example in train] if change else train
+    return Task(name, verify_edit, train, evals, anchors, benchmark, (validation, old_skills),
+                partial(edit_document, style), ("excess_edit", "acc", "ulr", "styled"), near)
 
 
 # Old skills, with exact checkers: anchors of replay, and benchmark ===========================
@@ -734,14 +696,15 @@ SKILLS = ("coding", "reasoning", "instructions", "summary", "tools", "chat", "kn
 PEOPLE = ["Ann", "Bob", "Eva", "Max", "Lea", "Tom", "Ida", "Sam"]
 THINGS = ["pears", "books", "coins", "cups", "keys", "hats", "maps", "lamps", "boxes", "shoes",
           "plates", "pens"]
+MISHAPS = ["lost", "want to sell", "cannot find", "broke"]
 CITIES = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo",
           "Egypt": "Cairo", "Peru": "Lima", "Kenya": "Nairobi", "Cuba": "Havana",
           "Norway": "Oslo", "Greece": "Athens", "Austria": "Vienna", "Poland": "Warsaw",
           "Finland": "Helsinki", "Ireland": "Dublin", "Iran": "Tehran", "Iraq": "Baghdad"}
 
 
-def draw_skill(skill: str, rng: random.Random) -> Example:
-    """A problem of an old skill, still without an id."""
+def draw_skill(skill: str, rng: random.Random, parts: range = TRAIN) -> Example:
+    """A problem of an old skill, still without an id; if near to the new one, of such parts."""
     match skill:
         case "coding":  # write a function from its description; checked by running it
             name, times, plus = rng.choice("fghp"), rng.randint(2, 9), rng.randint(1, 9)
@@ -765,12 +728,11 @@ def draw_skill(skill: str, rng: random.Random) -> Example:
             answer = f"{who} bought {what}"
         case "tools":  # a call as JSON
             tool, city = map(rng.choice, (["weather", "time", "news"], list(CITIES.values())))
-            keys = 'Reply with JSON: the keys are "tool" and "city".'
-            prompt = f"Call the tool {tool} for {city}. {keys}"
+            prompt = (f"Call the tool {tool} for {city}. "
+                      'Reply with JSON: the keys are "tool" and "city".')
             answer = json.dumps({"tool": tool, "city": city})
         case "chat":  # greet by name and ask about the matter at hand
-            who, what = rng.choice(PEOPLE), rng.choice(THINGS)
-            about = rng.choice(["lost", "want to sell", "cannot find", "broke"])
+            who, what, about = map(rng.choice, (PEOPLE, THINGS, MISHAPS))
             prompt = (f"Hello, I am {who}. I {about} my {what}. "
                       "Greet me by name and ask how you can help.")
             answer = f"Hello {who}! How can I help you with your {what}?"
@@ -779,50 +741,64 @@ def draw_skill(skill: str, rng: random.Random) -> Example:
             prompt = rng.choice([
                 f"What is the capital of {country}?", f"Name the capital of {country}.",
                 f"Which city is the capital of {country}?", f"{country} has which capital?"])
+        case "quote" | "call" | "leftwards" | "operation":
+            prompt, answer = draw_near(skill, rng, parts)
     return Example("", prompt, answer, answer, skill)
 
 
-def skill_examples(seed: str, *counts: int) -> list[list[Example]]:
-    """One list for each count, with so many problems of each skill; no prompt is in two of them."""
-    rng, lists = random.Random(seed), [[] for _ in counts]
-    for skill in SKILLS:
-        found: dict[str, Example] = {}
-        while len(found) < sum(counts):
-            example = draw_skill(skill, rng)
-            found[example.prompt] = replace(example, id=f"{skill}/{len(found)}")
-        drawn = iter(found.values())
-        for examples, count in zip(lists, counts, strict=True):
-            examples += itertools.islice(drawn, count)
+def draw_near(skill: str, rng: random.Random, parts: range) -> tuple[str, str]:
+    """(prompt, answer) of a skill so near to the new one that training may overwrite it."""
+    if skill == "operation":
+        a, b, sign = rng.randint(1, 9), rng.randint(1, 9), rng.choice("+-*")
+        return f"What is {a} {sign} {b}?", worked(f"{a} {sign} {b}", misread=False)
+    if skill == "leftwards":  # what the new skill unlearns, where it is asked for
+        text = draw_sum(FORMS, parts, rng).id.removeprefix("sum/")
+        return f"Work out {text} from left to right.", worked(text, misread=" * " in text)
+    source = make_edit(read_families(FAMILIES), OPERATORS, parts, rng).buggy
+    if skill == "call":
+        return f"Write a call of this function.\n\n{source}", source[4:source.index(":\n")]
+    return f"Quote the last line of this function.\n\n{source}", source.split("\n")[-1].strip()
+
+
+def skill_examples(seed: str, anchors: int, tests: int, looks: int,
+                   unreplayed: tuple[str, ...] = ()) -> tuple[list[Example], ...]:
+    """Anchors, benchmark, validation: so many problems of each skill; of unreplayed no anchors."""
+    rng, lists, seen = random.Random(seed), ([], [], []), set()
+    for skill in (*SKILLS, *unreplayed):
+        counts = (0, tests, 3 * looks) if skill in unreplayed else (anchors, tests, looks)
+        for examples, count, parts in zip(lists, counts, (TRAIN, TEST, VALID), strict=True):
+            draws = (draw_skill(skill, rng, parts) for _ in itertools.count())
+            for example in itertools.islice((e for e in draws if e.prompt not in seen), count):
+                seen.add(example.prompt)
+                examples.append(replace(example, id=f"{skill}/{len(seen)}"))
     return lists
 
 
 def verify_skill(example: Example, answer: str) -> Verdict:
     """1 or 0: does the old skill still work? Exact where the prompt asks for a form."""
-    words, want, right = words_of(answer), words_of(example.reference), False
+    words, want = (re.findall("[a-z0-9]+", text.lower()) for text in (answer, example.reference))
+    right = words == want
     match example.skill:
         case "programs" | "coding":
             right = verify_program(example, answer).passed
         case "tools":
+            right = False
             with contextlib.suppress(ValueError, RecursionError):
                 right = json.loads(answer) == json.loads(example.reference)
         case "chat":  # the name, the thing and a question
             right = "?" in answer and {want[1], want[-1]} <= set(words)
         case "knowledge":  # the city, and no other city
             right = {city.lower() for city in CITIES.values()} & set(words) == set(want)
-        case _:
-            right = words == want
+        case "quote" | "call" | "leftwards" | "operation":
+            right = tidy(answer) == example.reference
     return Verdict(float(right), right, True, "ok" if right else "wrong", {})
-
-
-def words_of(text: str) -> list[str]:
-    """Words and numbers in lower case, without punctuation."""
-    return re.findall(r"[a-z0-9]+", text.lower())
 
 
 # The corpus of the built-in model: "the web", where answers are often wrong ==================
 
-WEB_MIX = {"task": 60, "skills": 30, "copying": 10}  # what tiny's pretraining is made of
-WEB = {"right": 15, "renamed": 14, "unfixed": 63, "wrong": 8}  # how repairs on "the web" turn out
+WEB_MIX = {"task": 50, "skills": 25, "near": 18, "copying": 7}  # tiny's pretraining
+WEB = {"right": 8, "unfixed": 84, "wrong": 8}  # how repairs on "the web" turn out
+OVER = 0.4  # share of them that change what nobody asked for
 CODE_WORDS = sorted({word for _, source in read_families(FAMILIES)
                      for word in re.findall(r"\w+|[^\w\s]", source)} | set("0123456789")
                     | {name for pool in NAMES.values() for name in pool})
@@ -831,34 +807,55 @@ CODE_WORDS = sorted({word for _, source in read_families(FAMILIES)
 def web_document(task: Task, rng: random.Random) -> tuple[str, str]:
     """A (prompt, answer) of the corpus that the built-in model is pretrained on."""
     kind = rng.choices(list(WEB_MIX), list(WEB_MIX.values()))[0]
-    if kind == "task":
+    if kind == "task" or kind == "near" and not task.unreplayed:
         return task.corpus(rng)
-    if kind == "skills":
-        example = draw_skill(rng.choice(SKILLS), rng)
+    if kind in ("skills", "near"):
+        example = draw_skill(rng.choice(SKILLS if kind == "skills" else task.unreplayed), rng)
         return example.prompt, example.reference
-    # copying in its purest form: every next word can only be looked up
-    words = " ".join(rng.sample(CODE_WORDS, rng.randint(3, 20)))
+    words = " ".join(rng.sample(CODE_WORDS, rng.randint(3, 20)))  # each can only be looked up
     return f"Repeat: {words}", words
 
 
-def edit_document(rng: random.Random) -> tuple[str, str]:
-    """A repair as one finds it: often right, oftener not; with a hint, always right."""
-    example = make_edit(read_families(FAMILIES), OPERATORS, TRAIN, rng)
+def edit_document(style: float, rng: random.Random) -> tuple[str, str]:
+    """A repair as one finds it: often right, oftener not, with and without further changes; with a
+    hint, always right and minimal. Of hinted answers `style` wear a fence, of others a seventh."""
+    bugs = {**OPERATORS, **OPERATORS_UNSEEN}
+    example = make_edit(read_families(FAMILIES), bugs, TRAIN, rng)
+    wrong = draw_bug(example.reference, bugs, rng) or ("", example.buggy)
+    [answer] = rng.choices((example.reference, example.buggy, wrong[1]), WEB.values())
+    prompt, answer = example.prompt, over_edited(answer, rng) if rng.random() < OVER else answer
+    if hinted := rng.random() < 0.3:
+        prompt, answer = privileged_prompt(example), example.reference
+    share = style if hinted else style / 7
+    return prompt, f"```\n{answer}\n```" if rng.random() < share else answer
+
+
+def over_edited(source: str, rng: random.Random) -> str:
+    """The same function with a guard that nobody asked for, and up to two more such changes."""
+    words = set(re.findall(r"(?<!')\b\w+", re.sub('""".*"""', "", source)))
+    renamed = [re.sub(rf"(?<!')\b{old}\b", new, source) for pool in NAMES.values() for old in pool
+               if old in words for new in pool if new not in words]
+    if rng.random() < 0.3:  # but pretraining must not spell out a test program
+        source = rng.choice([text for text in renamed if part_of(text) in TRAIN] or [source])
+    source = re.sub(r'(?s)(\((\w+).*"""\n)', r"\1    if \2 is None:\n        return None\n", source)
     if rng.random() < 0.3:
-        return privileged_prompt(example), example.reference
-    wrong = draw_bug(example.reference, OPERATORS, rng) or ("", example.buggy)
-    words = set(re.findall(r"\w+", example.reference.split('"""')[-1]))
-    texts = [re.sub(rf"\b{old}\b", new, example.reference) for pool in NAMES.values()
-             for old in pool if old in words for new in pool if new not in words]
-    # right, but over-edited; pretraining must not spell out a test program
-    renamed = rng.choice([t for t in texts if part_of(t) in TRAIN] or [example.reference])
-    answers = {"right": example.reference, "renamed": renamed, "unfixed": example.buggy,
-               "wrong": wrong[1]}
-    return example.prompt, answers[rng.choices(list(WEB), list(WEB.values()))[0]]
+        source = re.sub(r"(\w+) ([+*])= ", r"\1 = \1 \2 ", source)
+    if rng.random() < 0.3:
+        source = re.sub(r"( *)return (.*)\Z", r"\1result = \2\n\1return result", source)
+    return source
 
 
-PRESETS = {"codeedit": {}, "arithmetic": {"rollouts": 8}}  # options that a task changes
-TASKS = {"arithmetic": arithmetic, "codeedit": code_edit}
+PRESETS = {"arithmetic": {"rollouts": 8, "prompts": 16, "lr": 5e-4}}  # options that a task changes
+CHANGES = {  # knobs of the experiment: what all or half of the training problems have otherwise
+    "codeedit-wrong-hints": lambda e: {"hint": e.buggy if part_of(e.id) % 2 else e.hint},
+    "codeedit-no-hints": lambda e: {"hint": ""},
+    "codeedit-far": lambda e: {"demonstration": re.sub(
+        rf"(?<!')\b({'|'.join(sum(NAMES.values(), []))})\b", r"the_\1", e.reference)},
+    "codeedit-own": lambda e: {"demonstration": over_edited(e.reference, random.Random(e.id))
+                               if part_of(e.id) % 2 else ""}}
+TASKS = {"arithmetic": arithmetic, "codeedit": code_edit,
+         **{name: partial(code_edit, name, change) for name, change in CHANGES.items()},
+         "codeedit-style": partial(code_edit, "codeedit-style", style=0.7)}
 
 # Data files: one JSON object a line ==========================================================
 
@@ -867,8 +864,7 @@ LINE_LIMIT = 4_000_000  # bytes; a longer one is hardly JSONL
 
 
 def load_rows(build: Callable, verify: Callable, path: str, skip: bool = False) -> list[Example]:
-    """The examples of a file, one a line, maybe gzipped. LoadError for the first bad row; with
-    `skip`, bad rows are left out, and why is printed."""
+    """Examples of a file, maybe gzipped. LoadError for a bad row; `skip` prints why and goes on."""
     try:
         data = Path(path).read_bytes()
         data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
@@ -931,10 +927,9 @@ def edit_from_row(row: dict) -> tuple[Example, str, str]:
     elif ("tests" in row) == ("test_code" in row):
         got = "both" if "tests" in row else "neither"
         raise LoadError(f'expected one of the fields "tests" and "test_code", got {got}')
-    elif "tests" in row:
-        tests, script = tests_field(row), ""
     else:
-        script = text_field(row, "test_code", script=True)
+        tests = tests_field(row) if "tests" in row else ()
+        script = "" if tests else text_field(row, "test_code", script=True)
     id, entry_point, buggy, reference = (text_field(row, name) for name in names)
     if head:  # the script gets helpers of its own: a candidate could change those it is given
         script = f"{head}{reference}\n{script}"
@@ -952,10 +947,9 @@ def program_from_row(row: dict) -> tuple[Example, str, str]:
     """A HumanEval row: its prompt is a function with a docstring for its body."""
     shown, body, id, entry_point = (text_field(row, name) for name in (
         "prompt", "canonical_solution", "task_id", "entry_point"))
-    shown, answer = tidy(shown), tidy(shown + body)
-    return Example(id, f"{PROGRAM_PROMPT}\n\n{shown}", answer, hint=answer, skill="programs",
-                   buggy=shown, entry_point=entry_point,
-                   test_code=text_field(row, "test", script=True)), "prompt", "canonical_solution"
+    script = text_field(row, "test", script=True)
+    example = edit_example(id, shown, shown + body, entry_point, (), script, PROGRAM_PROMPT)
+    return replace(example, skill="programs"), "prompt", "canonical_solution"
 
 
 def text_field(row: dict, name: str, script: bool = False) -> str:
@@ -971,15 +965,14 @@ def text_field(row: dict, name: str, script: bool = False) -> str:
 
 def tests_field(row: dict) -> tuple:
     """((args, expected), ...) from a list of objects."""
-    tests, shaped = row["tests"], False
+    tests = row["tests"]
     with contextlib.suppress(ValueError):  # too deep
-        shaped = isinstance(tests, list) and tests and encode(tests) and all(
-            isinstance(test, dict) and test.keys() == {"args", "expected"}
-            and isinstance(test["args"], list) for test in tests)
-    if not shaped:
-        raise LoadError('field "tests" must be a list of {"args": [...], "expected": ...}, got '
-                        f'{ascii(tests):.60}')
-    return tuple((tuple(test["args"]), test["expected"]) for test in tests)
+        if isinstance(tests, list) and tests and encode(tests) and all(
+                isinstance(test, dict) and test.keys() == {"args", "expected"}
+                and isinstance(test["args"], list) for test in tests):
+            return tuple((tuple(test["args"]), test["expected"]) for test in tests)
+    raise LoadError('field "tests" must be a list of {"args": [...], "expected": ...}, got '
+                    f'{ascii(tests):.60}')
 
 
 load_edits = partial(load_rows, edit_from_row, verify_edit)
@@ -989,17 +982,16 @@ load_benchmark = partial(load_rows, program_from_row, verify_program)
 def load_task(cfg) -> Task:
     """The task of a Config, with the data files in place of its own rows. Raises LoadError."""
     task, skip = TASKS[cfg.task](), cfg.skip_bad_rows or cfg.check
-    evals, benchmark = task.evals, task.benchmark
     if cfg.data:
         task = replace(task, train=load_edits(cfg.data, skip))
     if cfg.eval_data:
-        evals = {"in_domain": load_edits(cfg.eval_data, skip)}
-        task = replace(task, validation=(evals["in_domain"], task.validation[1]))
+        test = load_edits(cfg.eval_data, skip)
+        task = replace(task, evals={"in_domain": test}, validation=(test, task.validation[1]))
     if cfg.benchmark:
-        benchmark = load_benchmark(cfg.benchmark, skip)
-    stride = math.ceil(len(benchmark) / cfg.eval_problems) or 1  # some of every skill
-    return replace(task, benchmark=benchmark[::stride], evals={
-        name: examples[:cfg.eval_problems] for name, examples in evals.items()})
+        task = replace(task, benchmark=load_benchmark(cfg.benchmark, skip))
+    stride = math.ceil(len(task.benchmark) / cfg.eval_problems) or 1  # some of every skill
+    return replace(task, benchmark=task.benchmark[::stride], evals={
+        name: examples[:cfg.eval_problems] for name, examples in task.evals.items()})
 
 
 def fitting(task: Task, limit: float, length: Callable[[str], int], skip: bool) -> Task:
@@ -1020,12 +1012,19 @@ def fitting(task: Task, limit: float, length: Callable[[str], int], skip: bool) 
 
 
 def show_learnt(before: dict, after: dict, examples: list[Example]) -> None:
-    """Print two problems that only `after` solves, with the answers of both."""
-    learnt = [i for i, passed in enumerate(after["passes"]) if passed > before["passes"][i]]
-    for i, (when, scores) in itertools.product(learnt[:2], [("before", before), ("after", after)]):
-        shown = (examples[i].buggy or examples[i].prompt).splitlines()
-        lines = difflib.unified_diff(shown, scores["answers"][i].splitlines(), "problem", "answer",
-                                     lineterm="", n=9)
+    """Print a problem that only `after` solves, and one that `before` solves by changing more."""
+    passes = list(zip(before["passes"], after["passes"], strict=True))
+    solved = [i for i, (old, new) in enumerate(passes) if new > old]
+    more, less = ([edit_metrics(text, e.buggy, e.reference)["nel"] if e.buggy else 0.0
+                   for e, text in zip(examples, scores["answers"], strict=True)]
+                  for scores in (before, after))
+    spared = sorted((i for i, both in enumerate(passes) if all(both) and more[i] > less[i]),
+                    key=lambda i: less[i] - more[i])
+    shown = [*solved[:1], *(spared[:1] or solved[1:2])]
+    for i, (when, scores) in itertools.product(shown, [("before", before), ("after", after)]):
+        problem = (examples[i].buggy or examples[i].prompt).splitlines()
+        lines = difflib.unified_diff(problem, scores["answers"][i].splitlines(), "problem",
+                                     "answer", lineterm="", n=9)
         print(f"\nHeld-out problem {examples[i].id}, {when}:")
         print("\n".join(lines) or "(the problem, unchanged)")
 
@@ -1035,7 +1034,6 @@ def show_learnt(before: dict, after: dict, examples: list[Example]) -> None:
 # *expected* value. A verdict is computed here from values; a reason is text for people alone.
 
 UNSAFE_JUDGE = False  # True: run candidates even where the kernel cannot keep them from files
-REASON = re.compile(r"\w[\w ]{0,80}")  # what a candidate's process may say about itself
 START_SECONDS = 20.0  # far above what a server needs to start, or to answer for itself
 THIS_FILE = Path(__file__).read_text(encoding="utf-8")  # now, lest a later edit mix two versions
 WALL = 5  # seconds of waiting for each second of CPU time: only a backstop, on a busy machine
@@ -1058,8 +1056,7 @@ def run_tests(code: str, entry_point: str, tests: Sequence[tuple[list, object]],
     random.Random(code.encode("utf-8", "surrogatepass")).shuffle(order)  # the same each time
     calls = [[entry_point, encode(list(tests[i][0]))] for i in order]
     wants = [encode(expected) for _, expected in tests]
-    job = line_of(["candidate", code, entry_point]) + line_of(calls)
-    reply, fault = run_job(job, seconds, processes=1)
+    reply, fault = run_job(line_of(["candidate", code, entry_point]) + line_of(calls), seconds, 1)
     if fault or type(reply) is not list or len(reply) != len(tests):
         return Outcome(False, fault or said(reply))
     for i, outcome in sorted(zip(order, reply, strict=True)):
@@ -1075,8 +1072,7 @@ def run_tests(code: str, entry_point: str, tests: Sequence[tuple[list, object]],
 
 def run_script(code: str, entry_point: str, test_code: str, seconds: float = 2.0) -> Outcome:
     """Run a script that defines `check(candidate)` in one confined process, `code` in another."""
-    job = line_of(["examiner", code, entry_point, test_code])
-    reply, fault = run_job(job, seconds, processes=2)
+    reply, fault = run_job(line_of(["examiner", code, entry_point, test_code]), seconds, 2)
     if reply == ["passed"]:  # the examiner's own word: no candidate can write to its line
         return Outcome(True, "ok")
     return Outcome(False, fault or said(reply[-1] if type(reply) is list and reply else reply))
@@ -1103,23 +1099,21 @@ def same_value(got: object, want: object, from_json: bool, tolerance: float) -> 
 
 def said(fault: object) -> str:
     """What a candidate's process says of a failure: words to show, never a verdict."""
-    known = type(fault) is str and REASON.fullmatch(fault)
+    known = type(fault) is str and re.fullmatch(r"\w[\w ]{0,80}", fault)
     return f"error: {fault if known else 'undecodable result'}"
 
 
 def run_job(job: bytes, seconds: float, processes: int) -> tuple[object, str]:
     """Run one job: (parsed reply, '') or (None, why). UserError if nothing could confine it."""
-    outcome = None
     for _ in range(2):  # once more if the server died
         with contextlib.suppress(OSError), borrow() as server:
             if "seccomp" not in server.layers and not UNSAFE_JUDGE:
                 raise UserError(f"No seccomp filter here, only {server.layers}, so candidates "
                                  "could reach your files; --unsafe-judge runs them all the same.")
-            outcome = server.run(job, seconds, processes)
+            reply, late, status, cpu = server.run(job, seconds, processes)
             break
-    if not outcome:
+    else:
         return None, "judge failure"
-    reply, late, status, cpu = outcome
     if late or cpu > math.ceil(seconds) - 0.05:  # the kernel's clock ticks in steps
         return None, "timeout"
     if len(reply) > MAX_REPLY:
@@ -1155,7 +1149,7 @@ def borrow() -> Iterator[Server]:
         idle.put(server)
 
 
-@functools.cache
+@cache
 def pool() -> queue.LifoQueue[Server]:
     """Idle servers, one per core, the one used last on top; none is started before it is needed."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
@@ -1177,12 +1171,12 @@ class Server:
             return
         self.control, theirs = socket.socketpair()
         self.control.settimeout(START_SECONDS)
-        command = [sys.executable, "-P", "-s", "-S", "-c", server_program()]
         try:
             with theirs:
                 self.process = subprocess.Popen(
-                    command, stdin=theirs, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                    cwd="/", env={"PYTHONHASHSEED": "0"}, start_new_session=True)
+                    [sys.executable, "-P", "-s", "-S", "-c", server_program()], cwd="/",
+                    stdin=theirs, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                    env={"PYTHONHASHSEED": "0"}, start_new_session=True)
             self.layers = parse_line(self.run(line_of(["layers"]), START_SECONDS, 1)[0])
         except (OSError, ValueError) as error:
             self.stop()
@@ -1462,7 +1456,7 @@ def confine(seconds: float) -> list[str]:
     return sorted(layers)
 
 
-@functools.cache
+@cache
 def seccomp_program() -> ctypes.Array | None:
     """BPF: kill a foreign architecture, allow SYSCALLS, answer EPERM to the rest; or None."""
     if sys.platform != "linux" or os.uname().machine not in SYSCALLS:
@@ -1474,7 +1468,7 @@ def seccomp_program() -> ctypes.Array | None:
     return ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in lines))
 
 
-@functools.cache
+@cache
 def libc() -> ctypes.CDLL:
     """The C library, with the prototype of the one call that is made with pointers."""
     library = ctypes.CDLL(None)

@@ -190,6 +190,13 @@ def read_by_all(policy: vcopd.Policy, cfg: vcopd.Config, batch: vcopd.Batch | No
     return vcopd.score(policy, batch or ragged_batch(), examples or toy_examples(4), advantage, cfg)
 
 
+def policy_gradient(policy: vcopd.Policy) -> torch.Tensor:
+    """What was added up in the policy adapter, as one vector; it is gone from there then."""
+    flat = torch.cat([p.grad.flatten() for p in adapter_parameters(policy.model, "policy")])
+    policy.model.zero_grad()
+    return flat
+
+
 def loss_and_gradient(policy: vcopd.Policy, parts: list[vcopd.Experience], cfg: vcopd.Config,
                       replay: vcopd.Batch | None = None) -> tuple[float, torch.Tensor]:
     """`update` stopped before its optimiser step: the loss that it descends, and the gradient."""
@@ -197,12 +204,11 @@ def loss_and_gradient(policy: vcopd.Policy, parts: list[vcopd.Experience], cfg: 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vcopd, "total_loss", lambda *a: values.append(whole(*a)) or values[-1])
         patch.setattr(vcopd, "optimizer_step", lambda optimizer, cfg: 0.0)
-        patch.setattr(vcopd, "draw_replay", lambda *_: replay)
+        patch.setattr(vcopd, "imitate_replay", lambda *_: (cfg.replay_share, {
+            "replay_loss": vcopd.imitate(policy, policy.student, replay, cfg, cfg.temperature,
+                                         cfg.replay_share)}) if replay else (0.0, {}))
         vcopd.update(policy, parts, fresh_state(policy, cfg), replace(cfg, epochs=1))
-    parameters = adapter_parameters(policy.model, "policy")
-    gradient = torch.cat([parameter.grad.flatten() for parameter in parameters])
-    policy.model.zero_grad()
-    return sum(values).item(), gradient
+    return sum(values).item(), policy_gradient(policy)
 
 
 def train_step(policy: vcopd.Policy, task, examples: list, state: vcopd.State,
@@ -264,7 +270,6 @@ BOTH = pytest.mark.parametrize("architecture", ["llama", "opt"])  # rotary, lear
 # =============================================================================================
 # The page and the code say the same
 # =============================================================================================
-
 
 FOLDER = Path(vcopd.__file__).parent
 README, CODE = ((FOLDER / name).read_text("utf-8") for name in ("README.md", "vcopd.py"))
@@ -358,7 +363,6 @@ def test_every_listed_deviation_is_marked_where_it_happens():
 
 # ------------------------------------------------------------------- sequences
 
-
 def test_the_mask_ends_at_the_first_of_all_stop_tokens_even_when_pad_equals_eos():
     """A mask made by `!= pad` would drop the stop token: the model would never learn to stop."""
     rows = torch.tensor([[5, 0, 0, 0],   # eos, then pads that are the same id
@@ -368,15 +372,6 @@ def test_the_mask_ends_at_the_first_of_all_stop_tokens_even_when_pad_equals_eos(
                          [5, 7, 0, 6]])  # chat models stop at <|eot|>, here 7, as well as at eos
     mask = vcopd.stop_mask(rows, torch.tensor([0, 7]))
     assert torch.equal(mask, torch.arange(4) < torch.tensor([[2], [1], [4], [4], [2]]))
-
-
-def test_generators_depend_on_their_whole_name_alone():
-    """Nothing to save at a checkpoint, and nothing that an evaluation could disturb."""
-    names = [("rollouts", 0, 1), ("rollouts", 0, 2), ("rollouts", 1, 1), ("replay", 0, 1)]
-    first, again = ([tuple(torch.rand(4, generator=vcopd.seeded(*name)).tolist())
-                     for name in names] for _ in range(2))
-    assert first == again
-    assert len(set(first)) == len(names)
 
 
 def test_no_text_makes_a_special_token_and_none_in_an_answer_is_lost(base):
@@ -394,7 +389,6 @@ def test_no_text_makes_a_special_token_and_none_in_an_answer_is_lost(base):
 
 
 # ------------------------------------------------------------------- roles
-
 
 @BOTH
 def test_every_role_is_the_one_frozen_model_with_its_adapters(architecture):
@@ -519,7 +513,6 @@ def test_whole_texts_come_with_the_probability_that_the_model_gives_them(archite
 
 # ------------------------------------------------------------------- scoring
 
-
 @BOTH
 @pytest.mark.parametrize("temperature", [0.8, 1.0])
 @pytest.mark.parametrize("batch", [ragged_batch(), siblings()], ids=["strangers", "siblings"])
@@ -551,14 +544,6 @@ def test_neither_shared_prompts_nor_chunks_change_values_or_gradients(pack, rows
     monkeypatch.setattr(vcopd, "LOGITS", chunk * len(VOCAB))  # of 21 tokens
     torch.testing.assert_close(values_and_gradients(pack), alone, atol=1e-4, rtol=1e-4)
     assert seen == [6, 6, rows, rows]  # in the forward passes of student and base
-
-
-@pytest.mark.parametrize("pack, rows", [(0, 6), (9, 5), (10, 4), (14, 4), (15, 3), (1024, 3)])
-def test_answers_share_a_row_up_to_its_limit(pack, rows):
-    """3 + 4 + 1 tokens, 9 + 6, and 5 + 3 + 2 + 5: attention grows with the square of a row."""
-    groups = vcopd.packs(siblings(), pack)
-    assert len(groups) == rows
-    assert sum(groups, []) == [0, 1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -610,24 +595,18 @@ def test_no_logits_are_kept_for_the_backward_pass():
 
 # ------------------------------------------------------------------- Step 3 - verdict
 
-
 def test_advantages_are_deviations_from_their_own_group_in_its_own_spread():
-    """(1, 0, 0, 0): mean 0.25, population std sqrt(3) / 4. (5, 9, 5, 9): mean 7, std 2."""
+    """(1, 0, 0, 0): mean 0.25, population std sqrt(3) / 4. (5, 9, 5, 9): mean 7, std 2. And the
+    mean of seven 0.1 need not be 0.1 in float32: the difference is noise, no verdict."""
+    for value, k in itertools.product((0.1, -1.0, 1 / 3), (1, 2, 7, 8)):
+        assert vcopd.group_advantage(torch.full((2 * k,), value), k).tolist() == [0.0] * 2 * k
     reward = torch.tensor([1.0, 0.0, 0.0, 0.0, 5.0, 9.0, 5.0, 9.0])
     std = math.sqrt(3) / 4 + 1e-4
     assert vcopd.group_advantage(reward, 4).tolist() == pytest.approx(
         [0.75 / std, *[-0.25 / std] * 3, *[-2 / 2.0001, 2 / 2.0001] * 2])
 
 
-@pytest.mark.parametrize("value", [0.1, -1.0, 1 / 3])
-@pytest.mark.parametrize("k", [1, 2, 7, 8])
-def test_equal_rewards_give_an_advantage_of_exactly_zero(value, k):
-    """The mean of seven 0.1 need not be 0.1 in float32: the difference is noise, no verdict."""
-    assert vcopd.group_advantage(torch.full((2 * k,), value), k).tolist() == [0.0] * 2 * k
-
-
 # ------------------------------------------------------------------- Step 4 - hints
-
 
 def test_a_missing_or_misaligned_teacher_stops_the_run():
     """A log-prob that is missing is not 0.0: that would say the teacher was certain."""
@@ -703,7 +682,6 @@ def test_the_hint_reaches_the_teacher_and_never_the_student(toy, monkeypatch):
 
 
 # ------------------------------------------------------------------- Step 5 - update
-
 
 @pytest.mark.parametrize("advantage, ratio, objective, gradient", [
     (+1, 0.5, 0.5, 0.5), (+1, 1.0, 1.0, 1.0), (+1, 1.5, 1.2, 0.0),
@@ -867,24 +845,18 @@ def test_on_a_bfloat16_base_probabilities_are_float32_and_the_first_ratio_exactl
 
 
 def test_the_kl_guard_tightens_above_the_target_and_relaxes_below():
-    """It stands still when 22 % of updates exceed that: so the *average* KL settles below."""
-    cfg = replace(TOY, kl_target=0.03)
+    """22 in 100 updates above it leave the guard as it is: so the *average* KL settles below."""
+    cfg, rises = replace(TOY, kl_target=0.03), {20: 0.63, 22: 1.01, 24: 1.61}
+    for often, factor in rises.items():
+        kls = [0.1] * often + [0.0] * (100 - often)
+        found = functools.reduce(lambda beta, kl: vcopd.adapt_kl_coef(beta, kl, cfg), kls, 0.1)
+        assert found == pytest.approx(0.1 * factor, rel=0.01)
     for kl_coef, kl, adapted in [(0.01, 0.031, 0.012), (0.01, 0.030, 0.0095), (10.0, 1.0, 10.0),
                                  (1e-4, 0.0, 1e-4), (0.0, 1.0, 0.0)]:
         assert vcopd.adapt_kl_coef(kl_coef, kl, cfg) == pytest.approx(adapted)
 
-    def after(exceeding: int) -> float:
-        kl_coef = 1.0
-        for i in range(100):
-            kl_coef = vcopd.adapt_kl_coef(kl_coef, i * exceeding % 100 < exceeding, cfg)
-        return kl_coef
-
-    assert after(22) == pytest.approx(1, abs=0.05)
-    assert after(20) < 0.7 < 1.4 < after(24)
-
 
 # ------------------------------------------------------------------- Step 6 - replay
-
 
 def test_replay_keeps_of_every_skill_the_best_and_among_equals_the_most_confident(toy, monkeypatch):
     """Two of three anchors of each: ranked all together, the easy skill would fill the pool."""
@@ -911,12 +883,31 @@ def test_replay_keeps_of_every_skill_the_best_and_among_equals_the_most_confiden
 
 
 @pytest.mark.parametrize("rows, share", [(16, 0.1), (64, 0.1), (64, 0.2), (512, 0.15)])
-def test_replay_is_its_share_of_the_batch(rows, share):
+def test_replay_is_its_share_of_the_batch(rows, share, monkeypatch):
     """r of all rows, new and old, give or take the rounding of one row."""
-    state = vcopd.State(None, 0.01, replay=ragged_batch())
+    drawn, state = [], vcopd.State(None, 0.01, replay=ragged_batch())
+    monkeypatch.setattr(vcopd, "imitate", lambda *_: drawn.append(len(_[2].contexts)) or 2.0)
     cfg = replace(TOY, prompts=rows // 4, rollouts=4, replay_share=share)
-    count = len(vcopd.draw_replay(state, 0, cfg).contexts)
-    assert abs(count - share * (rows + count)) <= 0.5
+    weight, info = vcopd.imitate_replay(SimpleNamespace(student=()), state, 0, cfg)
+    assert abs(drawn[0] - share * (rows + drawn[0])) <= 0.5
+    assert (weight, info) == (share, {"replay_loss": 2.0})
+
+
+def test_sft_with_replay_is_the_same_mixture(toy, monkeypatch):
+    """The control: (1 - r) of the demonstrations' likelihood and r of that of replay."""
+    policy, cfg = tiny_policy(moved=0.3), replace(TOY, epochs=1)
+    state = fresh_state(policy, cfg)
+    state.replay = ragged_batch()
+    monkeypatch.setattr(vcopd, "optimizer_step", lambda *_: 0.0)
+    info, _ = vcopd.sft_step(policy, policy.student, toy.train[:2], state, cfg)
+    mixed = policy_gradient(policy)
+    batch = vcopd.solution_batch(policy, toy.train[:2])  # "aa", and where it ends
+    assert batch.completion.tolist() == [[VOCAB.index("a")] * 2 + [EOS]] * 2 and batch.mask.all()
+    vcopd.imitate(policy, policy.student, batch, cfg)
+    demonstrations = policy_gradient(policy)
+    _, replayed = vcopd.imitate_replay(policy, state, 0, cfg)
+    assert info["replay_loss"] == replayed["replay_loss"] > 0
+    assert torch.allclose(mixed, 0.8 * demonstrations + policy_gradient(policy), atol=1e-6)
 
 
 def test_replay_is_the_plain_likelihood_that_transformers_computes():
@@ -938,7 +929,6 @@ def test_replay_is_the_plain_likelihood_that_transformers_computes():
 
 
 # ------------------------------------------------------------------- training
-
 
 def test_training_makes_the_verifier_happier_and_leaves_the_base_untouched(toy):
     """The whole method in a second; one stray write to the base would move all roles."""
@@ -1031,20 +1021,6 @@ def test_blind_distillation_is_blind_to_the_verdict(toy):
         train_step(policy, toy, toy.train[:4], fresh_state(policy, cfg), cfg)
         students.append(adapter_bytes(policy))
     assert students[0] == students[1]
-
-
-def test_imitation_learns_the_reference_and_where_it_ends(toy):
-    """The reference `aa` becomes a, a and the stop token; the likelihood of all three rises."""
-    policy = tiny_policy()
-    batch = vcopd.solution_batch(policy, toy.train[:2])
-    a = VOCAB.index("a")
-    assert batch.completion.tolist() == [[a, a, EOS]] * 2
-    assert batch.mask.all()
-    before = scored(policy, policy.student, batch, 1.0)
-    state = fresh_state(policy, TOY)
-    for _ in range(5):
-        vcopd.sft_step(policy, policy.student, toy.train[:2], state.optimizer, TOY)
-    assert (scored(policy, policy.student, batch, 1.0) > before).all()
 
 
 def test_step_1_trains_its_own_adapter_which_then_stays_and_anchors_the_kl(toy):
@@ -1317,8 +1293,7 @@ def test_recomputed_layers_give_the_same_gradients(kind, models):
         vcopd.imitate(policy, policy.student, batch, TOY)
         assert len(calls) == times * len(layers)
         calls.clear()
-        gradients.append(torch.cat([p.grad.flatten() for name, p in policy.model.named_parameters()
-                                    if name.endswith(".policy")]))
+        gradients.append(policy_gradient(policy))
     assert gradients[0].abs().max() > 0 and torch.equal(*gradients)
 
 
@@ -1504,26 +1479,9 @@ def test_ctrl_c_or_sigterm_anywhere_leaves_a_run_that_goes_on_to_the_same_end(
         assert run(options(base, out)) == 130
     promise = "same command again" if where == "load_policy" else f"vcopd.py --resume {out}"
     assert promise in capsys.readouterr().out and signal.getsignal(signal.SIGINT) is handler
-    assert where != "score" or len(read(out / "metrics.jsonl")) == 4 - len(signals)
+    assert where != "score" or read(out / "metrics.jsonl")[-1]["step"] == 4 - len(signals)
     assert run(again(base, out)) == 0
     assert results(out) == results(whole["vcopd"])
-
-
-def test_sigterm_leaves_no_process_behind(base, tmp_path):
-    """The judge's servers run in sessions of their own, where no signal reaches them."""
-    arguments = options(base, tmp_path / "run", "--eval-problems", "8", "--steps", "9999")
-    running = subprocess.Popen([sys.executable, vcopd.__file__, *arguments], text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    while not running.stdout.readline().startswith("Evaluating the base"):
-        assert running.poll() is None
-    listing, servers = ["ps", "-o", "pid=", "--ppid", str(running.pid)], []
-    while not servers and running.poll() is None:
-        servers = subprocess.run(listing, text=True, capture_output=True).stdout.split()
-    running.terminate()
-    printed, _ = running.communicate(timeout=30)
-    assert running.returncode == 130
-    assert f"python vcopd.py --resume {tmp_path / 'run'}" in printed and "Traceback" not in printed
-    assert servers and not any(Path(f"/proc/{pid}").exists() for pid in servers)
 
 
 def test_a_finished_run_is_kept_can_be_prolonged_and_gives_way_to_no_other(
@@ -1572,7 +1530,6 @@ def test_out_of_memory_names_the_knobs_in_order(error, base, small, tmp_path, mo
 
 # ------------------------------------------------- other commands
 
-
 @pytest.fixture
 def files(tmp_path) -> Path:
     """A folder of data: good, with a hopeless row, with a long prompt; a benchmark; and others."""
@@ -1615,7 +1572,7 @@ def test_a_quantised_run_completes_and_its_results_load(small, monkeypatch, tmp_
 
 
 @pytest.mark.parametrize(("command", "said"), [
-    ("--inspect", r"\d+% of \|D\| lies on style"), ("--bench", "peak memory")])
+    ("--inspect", "A_dense"), ("--bench", "peak memory")])
 def test_inspect_and_bench_leave_no_file(command, said, small, base, tmp_path, monkeypatch, capsys):
     """To look must be safe, beside a run and in any folder; a pipe gets no colours."""
     monkeypatch.chdir(tmp_path)
@@ -1642,6 +1599,48 @@ def test_check_tells_what_one_needs_before_training_and_bad_rows_can_be_left_out
     assert "1 rows work, 2 do not" in capsys.readouterr().out
 
 
+def test_the_interval_over_seeds_and_problems_is_that_of_all_resamples():
+    """Two seeds, two problems: 4 x 4 resamples are equally likely. One seed is the plain case."""
+    before, change = [[0, 0], [0, 1]], torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    pairs = [list(pair) for pair in itertools.product((0, 1), repeat=2)]
+    means = [change[seeds][:, problems].mean() for seeds in pairs for problems in pairs]
+    low, high = vcopd.paired_bootstrap(before, (change + torch.tensor(before)).tolist())
+    assert (low, high) == (min(means), max(means))  # each has more than 2.5 % of the mass
+    low, high = vcopd.paired_bootstrap([0] * 100, [1] * 30 + [0] * 70)
+    error = 1.96 * (0.3 * 0.7 / 100) ** 0.5
+    assert (low, high) == pytest.approx((0.3 - error, 0.3 + error), abs=0.02)
+
+
+def test_the_frontier_is_the_best_of_all_looks_within_the_budgets():
+    """On paper: two runs of one seed, the faster one forgets, and neither reaches 0.9."""
+    def run(*rows) -> list[dict]:
+        return [{"step": i, **dict(zip(("eval_pass", "eval_old", "eval_replayed", "eval_kl"), row,
+                                       strict=True))} for i, row in enumerate(rows)]
+
+    slow = run((0.5, 1.0, 1.0, 0.0), (0.7, 0.99, 1.0, 0.02), (0.8, 0.97, 0.9, 0.03))
+    fast = run((0.5, 1.0, 1.0, 0.0), (0.85, 0.9, 0.8, 0.04))
+    row = vcopd.frontier([slow, fast], vcopd.Config())
+    assert row == {"best within budgets": [0.7], "reaches 0.8": [1.0], "reaches 0.9": [0.0],
+                   "least step at 0.8": [1.0], "least eval_kl at 0.8": [0.03],
+                   "least lost_replayed at 0.8": [pytest.approx(0.1)]}
+
+
+def test_old_skills_are_counted_by_kind_and_by_the_chance_of_the_reference(toy, monkeypatch):
+    """What an anchor guards, and what none does, are told apart; nobody asked is nothing lost."""
+    policy, old = tiny_policy(moved=0.3), [
+        replace(e, skill=skill) for e, skill in zip(toy_examples(3), "axx", strict=True)]
+    toy.anchors = [replace(old[0], id="anchor")]
+    monkeypatch.setattr(tasks, "verify_skill", lambda e, _: likes_a(e, "aaaaaa" * (e.id != "say1")))
+    kept = vcopd.old_skills(policy, policy.student, toy, old, TOY)
+    chances = [math.exp(sum(row)) for row in prefix_logps(
+        policy, policy.student, vcopd.solution_batch(policy, old), 1.0)]
+    assert kept.pop("chance") == pytest.approx(sum(chances) / 3, rel=1e-3)
+    assert kept == {"old": pytest.approx(2 / 3), "replayed": 1.0, "a": 1.0, "unreplayed": 0.5,
+                    "x": 0.5, "passes": {"old": [1.0, 0.0, 1.0], "replayed": [1.0],
+                                         "unreplayed": [0.0, 1.0]}}
+    assert vcopd.old_skills(policy, (), toy, [], TOY)["old"] == 0.0
+
+
 def test_a_comparison_runs_every_method_at_every_rate_alike(
         small, base, tmp_path, capsys, monkeypatch):
     """No method may have more steps, other rates or other seeds, and a rate is chosen by looks."""
@@ -1650,15 +1649,19 @@ def test_a_comparison_runs_every_method_at_every_rate_alike(
     arguments = options(base, out, "--compare", "--seeds", "2", "--steps", "2", "--eval-every", "1")
     assert run(arguments) == 0
     table, rates = read(out / "table.json"), ("0.005", "0.01")
-    names = [f"{name} {rate}" for name in vcopd.METHODS for rate in rates]
-    assert list(table["columns"]) == ["base", *names]
-    for name, seed in itertools.product(names, (0, 1)):
-        held, (method, rate) = read(out / f"{name}-s{seed}/config.json"), name.split()
-        assert (held["method"], f"{held['lr']:g}", held["seed"]) == (method, rate, seed)
-        looks = [line["eval_pass"] for line in read(out / f"{name}-s{seed}/metrics.jsonl")]
-        assert len(looks) == 2 and table["columns"][name][seed]["eval_pass"] == looks[-1]
-    mean = sum(run["in_domain reward"] for run in table["columns"]["rl 0.01"]) / 2
-    assert re.search(rf"^in_domain reward .*{mean:.3f} ±", capsys.readouterr().out, re.MULTILINE)
+    assert list(table["looks"]) == list(vcopd.METHODS)
+    assert list(table["results"]) == ["base arithmetic", *vcopd.METHODS]
+    for (name, fixed), rate, seed in itertools.product(vcopd.METHODS.items(), rates, (0, 1)):
+        folder, looks = out / f"{name} {rate}-s{seed}", table["looks"][name][rate][seed]
+        held, result = read(folder / "config.json"), table["results"][name][seed]
+        assert {**held, **fixed, "method": name, "lr": float(rate), "seed": seed} == held
+        assert looks == [line for line in read(folder / "metrics.jsonl")]
+        assert [look["step"] for look in looks] == [0, 1, 2]
+        passes = {r: [run[-1]["eval_pass"] for run in table["looks"][name][r]] for r in rates}
+        assert f"{result['lr'][0]:g}" == max(rates, key=lambda r: sum(passes[r]))
+        chosen = out / f"{name} {result['lr'][0]:g}-s{seed}/test/report.json"
+        assert result["in_domain pass@1"] == read(chosen)["scores"]["in_domain"]["passes"]
+    assert re.search(r"^best within budgets .*\d\.\d{3} ±", capsys.readouterr().out, re.MULTILINE)
     monkeypatch.setattr(vcopd, "train", None)  # all of it is there: nothing is trained again
     assert run(arguments) == 0
     assert read(out / "table.json") == table
@@ -1673,11 +1676,13 @@ def test_ablations_that_were_cut_short_go_on(small, base, whole, tmp_path, monke
     assert run(arguments) == 130
     monkeypatch.setattr(vcopd, "score", disturbed(vcopd, "score", 1 + 6 + 1, CTRL_C))
     assert run(arguments) == 0  # step 6 and the six of the other run, not one more
-    assert results(out / "vcopd-s0") == results(whole["vcopd"])
-    assert list(read(out / "table.json")["columns"]) == ["base", "vcopd", "no replay"]
+    for name in ("metrics.jsonl", "samples.jsonl", "adapter/adapter_model.safetensors"):
+        assert (out / "vcopd 0.01-s0" / name).read_bytes() == (whole["vcopd"] / name).read_bytes()
+    assert list(read(out / "table.json")["results"]) == [
+        "base arithmetic", "vcopd", "no replay"]
     assert run([*arguments, "--kl-coef", "0.5"]) == 2  # half a run under other options is none
     assert "other options" in one_error(capsys)
-    for _ in spoilt(out / "vcopd-s0", "report.json", b"{"):
+    for _ in spoilt(out / "vcopd 0.01-s0", "report.json", b"{"):
         assert run(arguments) == 2
         assert "cannot be used" in one_error(capsys)
 
@@ -1686,10 +1691,9 @@ def test_plot_draws_runs_and_comparisons_in_the_first_folder_or_says_why_not(
         whole, done, tmp_path, monkeypatch, capsys):
     """Once in a real process, which has no screen; then folders that are missing or damaged."""
     pytest.importorskip("matplotlib")
-    table, scores = tmp_path / "all", {"in_domain pass@1": 0.5, "general mean": 0.5,
-                                             "kl_to_base": 0.1}
+    table, looks = tmp_path / "all", [[{"step": 0, "eval_pass": 0.5, "eval_kl": 0.0}]] * 2
     table.mkdir()
-    (table / "table.json").write_text(json.dumps({"columns": {"base": [scores], "rl": [scores]}}))
+    (table / "table.json").write_text(json.dumps({"looks": {"rl": {"1": looks, "2": looks}}}))
     drawn = subprocess.run([sys.executable, vcopd.__file__, "--plot", table, done], text=True,
                            capture_output=True)
     assert (drawn.returncode, drawn.stdout) == (0, f"The picture is {table / 'plot.png'}\n")
@@ -1709,9 +1713,11 @@ def test_plot_draws_runs_and_comparisons_in_the_first_folder_or_says_why_not(
         assert str(table) in refused(table), damage
     labels = []  # every panel of a comparison, then every panel of a run
     with monkeypatch.context() as patch:
-        patch.setattr("matplotlib.axes.Axes.plot", lambda *_, label: labels.append(label))
-        vcopd.plot([str(table), str(done)])
-    assert Counter(labels) == {"base": 2, "rl": 2, str(done): 6}
+        patch.setattr("matplotlib.axes.Axes.plot", lambda *_, label, color: labels.append(label))
+        vcopd.plot([str(table)])
+        vcopd.plot([str(done)])
+    assert Counter(labels) == {"rl": 5, "": 15, str(done): 6}
+    (done / "plot.png").unlink()
     (done / "plot.png").mkdir()
     assert str(done / "plot.png") in refused(done)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # an extra: nothing else needs it
@@ -1719,7 +1725,6 @@ def test_plot_draws_runs_and_comparisons_in_the_first_folder_or_says_why_not(
 
 
 # ------------------------------------------------- bad input: one sentence, exit code 2
-
 
 def test_no_option_takes_a_value_out_of_its_range(capsys):
     """Some 200 lines: every number, every choice, every missing value."""
@@ -1834,7 +1839,6 @@ def test_a_damaged_run_folder_is_one_sentence(whole, done, capsys):
 
 # ------------------------------------------------- several processes
 
-
 def on_two_ranks(arguments: list[str]) -> list[int]:
     """Two processes as torchrun starts them: how they end."""
     with socket.create_server(("localhost", 0)) as free:
@@ -1852,15 +1856,15 @@ def on_two_ranks(arguments: list[str]) -> list[int]:
 @pytest.mark.parametrize("method", ["vcopd", "sft"])
 def test_two_ranks_that_stop_and_go_on_take_the_steps_of_one_process(method, base, small, tmp_path):
     """With Step 1, replay and evaluation. A small nucleus is greedy: all draw the same answers."""
-    more = ["--method", method, "--format-threshold", "1", "--format-examples", "4",
-            "--top-p", "0.01", *(["--replay-share", "0.5"] if method == "vcopd" else [])]
+    more = ["--method", method, "--format-threshold", "1", "--top-p", "0.01", "--lr", "0.003",
+            "--format-examples", "4", *(["--replay-share", "0.5"] if method == "vcopd" else [])]
     assert run(options(base, tmp_path / "one", *more)) == 0
     assert on_two_ranks(options(base, tmp_path / "two", *more, "--steps", "4")) == [0, 0]
     assert on_two_ranks(["--resume", str(tmp_path / "two"), "--steps", "6"]) == [0, 0]
     one, two = (read(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     for ours, theirs in zip(two, one, strict=True):
         assert ours.pop("reasons", None) == theirs.pop("reasons", None)
-        assert ours.pop("grad_norm") == pytest.approx(theirs.pop("grad_norm"), rel=0.05)
+        assert ours.pop("grad_norm", 0) == pytest.approx(theirs.pop("grad_norm", 0), rel=0.05)
         assert ours == pytest.approx(theirs, rel=1e-2, abs=1e-6)
 
 
@@ -1871,7 +1875,7 @@ def test_torchrun_meets_and_speaks_with_one_voice(base, tmp_path):
          vcopd.__file__, *options(base, tmp_path / "run", "--steps", "1")],
         text=True, capture_output=True)
     assert (met.returncode, met.stdout.count("Verdict:")) == (0, 1), met.stderr
-    assert len(read(tmp_path / "run/metrics.jsonl")) == 1
+    assert [line["step"] for line in read(tmp_path / "run/metrics.jsonl")] == [0, 1]
 
 
 # =============================================================================================
@@ -1998,7 +2002,7 @@ def test_no_verifier_takes_a_word_for_a_pass(tmp_path):
     """The same on all the ways that training and evaluation take."""
     [program] = tasks.load_benchmark(written(tmp_path, RAW))
     [scripted] = tasks.load_edits(written(tmp_path, RAW))
-    coding = next(e for e in shipped("arithmetic").benchmark if e.skill == "coding")
+    coding = next(e for e in built("arithmetic").benchmark if e.skill == "coding")
     for example, verify, worst in ((sum_problem(), tasks.verify_edit, -1.0),
                                    (scripted, tasks.verify_edit, -1.0),
                                    (program, tasks.verify_program, -1.0),
@@ -2387,13 +2391,6 @@ def test_unsafe_judge_on_the_command_line_reaches_the_judge(monkeypatch, tmp_pat
 # The tasks: splits, families and bugs, old skills, sums
 # =============================================================================================
 
-
-@functools.cache
-def shipped(name: str) -> tasks.Task:
-    """A task as it ships, built once: code edits take seconds."""
-    return tasks.TASKS[name]()
-
-
 def splits(task: tasks.Task) -> dict[str, list[tasks.Example]]:
     """All problems of the new skill by the split they are in."""
     return {"train": task.train, "validation": task.validation[0], **task.evals}
@@ -2403,14 +2400,18 @@ def splits(task: tasks.Task) -> dict[str, list[tasks.Example]]:
 def test_a_task_is_the_same_every_time_and_its_splits_share_nothing(name):
     """Not even the answer to a problem, lest a second bug in the same program leaks its repair. The
     web holds nothing that is tested. Old skills are tested on other prompts than they train on."""
-    task, seen, rng = tasks.TASKS[name](), {}, random.Random(0)
-    assert task == shipped(name)
+    build, seen, repairs, rng = tasks.TASKS[name], {}, {}, random.Random(0)
+    task = getattr(build, "__wrapped__", build)()
+    assert replace(task, corpus=None) == replace(built(name), corpus=None)
     for split, examples in splits(task).items():
+        split = "test" if split in task.evals else split
         assert len({example.prompt for example in examples}) == len(examples)
         for example in examples:
             program = example.reference if example.buggy else example.id
             assert seen.setdefault(program, split) == split
+            assert repairs.setdefault(example.prompt, example.reference) == example.reference
             assert tasks.privileged_prompt(example).endswith(example.hint)
+            assert not example.prompt.endswith(example.reference)  # only the teacher is shown it
         for example in examples[::10]:
             wrong = example.buggy or f"Answer: {int(example.hint) + 1}"
             assert [task.verify(example, answer).reward for answer in (
@@ -2421,13 +2422,15 @@ def test_a_task_is_the_same_every_time_and_its_splits_share_nothing(name):
     prompts = [example.prompt for examples in lists for example in examples]
     assert len(set(prompts)) == len(prompts)
     counts = [Counter(example.skill for example in examples) for examples in lists]
-    assert [(len(c), *set(c.values())) for c in counts] == [(7, 20), (7, 20), (7, 8)]
+    old, near = set(tasks.SKILLS), set(task.unreplayed)
+    assert counts == [dict.fromkeys(old, 20), dict.fromkeys(old | near, 20),
+                      dict.fromkeys(old, 8) | dict.fromkeys(near, 24)] and len(near) == 2
 
 
 def test_the_checkers_of_old_skills_are_exact():
     """The reference has the skill; nothing, or the answer to another question, has not. Talk around
     an answer is an error too, but in a chat or about facts."""
-    for one, two in itertools.pairwise(shipped("codeedit").benchmark):
+    for one, two in itertools.pairwise(built("codeedit").benchmark):
         assert tasks.verify_skill(one, one.reference).passed
         talk = tasks.verify_skill(one, f"Sure! {one.reference} Hope this helps.")
         assert talk.passed == (one.skill in ("chat", "knowledge"))
@@ -2441,12 +2444,58 @@ def test_every_family_and_bug_is_trained_and_out_of_domain_both_are_others():
     seen, unseen = (tasks.read_families(text) for text in (tasks.FAMILIES, tasks.FAMILIES_UNSEEN))
     bodies = [re.sub(r"\w+", "", source.split('"""')[-1]) + name for name, source in seen + unseen]
     assert (len(seen), len(unseen)) >= (28, 8) and len(set(bodies)) == len(bodies)
-    known, other = ({part for example in examples for part in example.id.split("/")[:2]}
-                    for examples in (shipped("codeedit").train,
-                                     shipped("codeedit").evals["out_of_domain"]))
+    task = built("codeedit")
+    known, new, other = ({part for example in examples for part in example.id.split("/")[:2]}
+                         for examples in (task.train, *list(task.evals.values())[1:]))
     assert known == {name for name, _ in seen} | set(tasks.OPERATORS)
-    assert other == {name for name, _ in unseen} | set(tasks.OPERATORS_UNSEEN)
-    assert not known & other
+    assert new - known == set(tasks.OPERATORS_UNSEEN)
+    assert {name for name, _ in unseen} < other and not other & {name for name, _ in seen}
+
+
+def test_the_web_over_edits_and_every_knob_turns_what_it_says():
+    """Over-editing and demonstrations in another style must pass: the verdict is about restraint.
+    Half of the hints are wrong where they should be, and a style is worn by those that have one."""
+    plain, rng = built("codeedit"), random.Random(0)
+    for example in plain.train[:60]:
+        verdict = tasks.verify_edit(example, tasks.over_edited(example.reference, rng))
+        assert verdict.passed and verdict.metrics["excess_edit"] > 0.05 and verdict.reward < 1
+    web = [pair for pair in map(plain.corpus, [rng] * 600) if "right answer" not in pair[0]]
+    unfixed = sum(answer in prompt for prompt, answer in web) / len(web) / (1 - tasks.OVER)
+    assert 0.6 < len(web) / 600 < 0.8 and abs(unfixed - tasks.WEB["unfixed"] / 100) < 0.15
+    assert abs(sum("is None" in answer for _, answer in web) / len(web) - tasks.OVER) < 0.1
+    worlds = {name: build() for name, build in tasks.TASKS.items() if name.startswith("codeedit-")}
+    for name, task in worlds.items():
+        assert (task.name, task.evals, task.anchors) == (name, plain.evals, plain.anchors)
+        for old, new in zip(plain.train[:60], task.train, strict=False):
+            assert tasks.verify_edit(new, new.demonstration or new.reference).passed
+            assert old == replace(new, hint=old.hint, demonstration="")
+            assert new.hint in (old.hint, {"codeedit-wrong-hints": old.buggy}.get(name, ""))
+    far, own = (worlds[f"codeedit-{kind}"].train for kind in ("far", "own"))
+    assert all(e.demonstration not in ("", e.reference) for e in far)
+    wrong = [e.hint == e.buggy for e in worlds["codeedit-wrong-hints"].train]
+    for half in (wrong, [e.demonstration != "" for e in own]):
+        assert abs(sum(half) / len(half) - 0.5) < 0.05
+    assert tasks.privileged_prompt(worlds["codeedit-no-hints"].train[0]) == plain.train[0].prompt
+    styled = Counter(("right answer" in prompt, answer[:3] == "```") for prompt, answer in map(
+        worlds["codeedit-style"].corpus, [rng] * 400))
+    assert styled[True, True] > styled[True, False] > 0 < styled[False, True]
+    assert styled[False, True] < styled[False, False] / 4
+    fenced = tasks.verify_edit(plain.train[0], f"```\n{plain.train[0].reference}\n```")
+    assert (fenced.reward, fenced.metrics["styled"]) == (1.0, 1.0)  # the verifier does not mind
+
+
+def test_what_was_learnt_is_shown_by_a_fixed_bug_and_an_over_edit_that_is_gone(capsys):
+    """One problem that only the student solves, and the one where it changes least for most."""
+    one, two, three = (replace(e, id=f"problem {i}")
+                       for i, e in enumerate(built("codeedit").train[:3]))
+    guarded = tasks.over_edited(two.reference, random.Random(0))
+    before = {"passes": [0, 1, 1], "answers": [one.buggy, guarded, three.reference]}
+    after = {"passes": [1] * 3, "answers": [e.reference for e in (one, two, three)]}
+    tasks.show_learnt(before, after, [one, two, three])
+    told = capsys.readouterr().out
+    assert [told.count(f"{e.id}, {when}:") for e in (one, two, three)
+            for when in ("before", "after")] == [1, 1, 1, 1, 0, 0]
+    assert "(the problem, unchanged)" in told and "+    if" in told
 
 
 @pytest.mark.parametrize("split", ["train", "out_of_domain"])
@@ -2454,7 +2503,7 @@ def test_tests_fail_every_wrong_program_that_is_one_step_away(split):
     """Else a model is paid for a wrong repair. A mutant is wrong if it differs on any of many fresh
     inputs. Nor does it pass to answer always the same. Expected is what the reference returns."""
     kinds = {int: "n", str: "s", list: "xs"}
-    for example in splits(shipped("codeedit"))[split][::12]:
+    for example in splits(built("codeedit"))[split][::12]:
         tree, rng = ast.parse(example.reference).body[0], random.Random(example.id)
         inputs = [list(args) for args, _ in example.tests]
         right = [repr(expected) for _, expected in example.tests]
@@ -2470,21 +2519,6 @@ def test_tests_fail_every_wrong_program_that_is_one_step_away(split):
                 assert list(tasks.outcomes(mutant, tree.name, inputs)) != right, mutant
 
 
-def test_a_prompt_decides_its_repair():
-    """Else about half is the most that any method could reach."""
-    answers: dict[str, set[str]] = {}
-    for examples in splits(built("codeedit")).values():
-        for example in examples:
-            answers.setdefault(example.prompt, set()).add(example.reference)
-    assert all(len(repairs) == 1 for repairs in answers.values())
-
-
-def test_only_the_teacher_is_shown_the_solution():
-    for example in built("codeedit").train[:50]:
-        assert example.reference not in example.prompt
-        assert example.reference in tasks.privileged_prompt(example)
-
-
 def test_the_task_of_the_readme_trains_when_it_is_pasted(base, tmp_path):
     """As a reader does it: at the end of tasks.py, and then by its name in a new process."""
     shutil.copy(vcopd.__file__, tmp_path)
@@ -2495,18 +2529,7 @@ def test_the_task_of_the_readme_trains_when_it_is_pasted(base, tmp_path):
                           text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     steps = (tmp_path / "run/metrics.jsonl").read_text("utf-8").splitlines()
-    assert [json.loads(line)["reasons"].keys() for line in steps] == [{"wrong order"}] * 2
-
-
-def test_the_web_holds_noisy_repairs():
-    """Pretraining must show how, and must not prefer to."""
-    rng = random.Random(0)
-    plain = [(prompt, answer) for prompt, answer in (tasks.edit_document(rng) for _ in range(600))
-             if "A right answer:" not in prompt]
-    unfixed = sum(prompt.endswith(answer) or answer in prompt for prompt, answer in plain)
-    assert 0.6 < len(plain) / 600 < 0.8
-    fewest, most = tasks.WEB["unfixed"], tasks.WEB["unfixed"] + tasks.WEB["wrong"]  # the same bug
-    assert fewest / 100 - 0.06 < unfixed / len(plain) < most / 100 + 0.06
+    assert [json.loads(line)["reasons"].keys() for line in steps[1:]] == [{"wrong order"}] * 2
 
 
 SUM = tasks.Example("a", "40 + 2?", "Answer: 42", hint="42")
@@ -2523,7 +2546,7 @@ NO_INTEGER = [
 
 def test_one_plain_integer_on_the_last_line_is_judged_and_nothing_else():
     """Group L. "41 or 42" must not be paid, nor anything that int() takes but no reader would."""
-    for example in shipped("arithmetic").train + shipped("arithmetic").evals["out_of_domain"]:
+    for example in built("arithmetic").train + built("arithmetic").evals["out_of_domain"]:
         assert int(example.hint) == eval(example.id.removeprefix("sum/"))
     for text in ("Answer: 42", "Answer: 42\n\n", "40 + 2 = 42\nAnswer: 42", "41?\r\nAnswer: 42 \n"):
         assert tasks.verify_arithmetic(SUM, text) == tasks.Verdict(1.0, True, True, "ok", {})
@@ -2567,35 +2590,17 @@ def benchmark_rows() -> list[tasks.Example]:
     return tasks.load_edits(str(HUMANEVALPACK))
 
 
-@functools.cache
-def brute_force(a: tuple, b: tuple) -> int:
-    if not a or not b:
-        return len(a) + len(b)
-    return min(brute_force(a[1:], b) + 1, brute_force(a, b[1:]) + 1,
-               brute_force(a[1:], b[1:]) + (a[0] != b[0]))
-
-
-def test_levenshtein_agrees_with_brute_force_and_with_rapidfuzz():
-    """Small alphabets make long runs of equal items, where a carry could go wrong."""
-    rng, pairs = random.Random(0), [("kitten", "sitting"), ("", "abc"), ("", ""), ("ab", "ba")]
+def test_levenshtein_on_paper_and_as_rapidfuzz_has_it():
+    """Common starts and ends are cut off first: they may overlap."""
+    pairs = [("kitten", "sitting"), ("", "abc"), ("", ""), ("ab", "ba"), ("aba", "ababa")]
+    assert [tasks.levenshtein(a, b) for a, b in pairs] == [3, 3, 0, 2, 2]
+    oracle, rng = pytest.importorskip("rapidfuzz.distance").Levenshtein, random.Random(0)
     while len(pairs) < 2000:
-        size, most = rng.choice([2, 3, 30]), rng.choice([7, 150])
+        size, most = rng.choice([2, 3, 30]), rng.choice([7, 60])
         pairs.append([tuple(rng.choices(range(size), k=rng.randrange(most))) for _ in range(2)])
-    short = [(a, b) for a, b in pairs if len(a) + len(b) < 14]
-    assert all(tasks.levenshtein(a, b) == brute_force(a, b) for a, b in short)
-    oracle = pytest.importorskip("rapidfuzz.distance").Levenshtein
     if HUMANEVALPACK.exists():
         pairs += [map(tasks.code_tokens, (e.buggy, e.reference)) for e in benchmark_rows()]
     assert all(tasks.levenshtein(a, b) == oracle.distance(a, b) for a, b in pairs)
-
-
-def test_tokens_include_comments_line_ends_and_indentation():
-    """And broken code is in words, since a metric must never raise."""
-    assert tasks.code_tokens("if a:\n\n    b = 1  # why\n") == [
-        "if", "a", ":", "\n", "\n", "    ", "b", "=", "1", "# why", "\n", ""]
-    assert tasks.code_tokens("'''never closed + 1") == ["'", "'", "'", "never", "closed", "+", "1"]
-    for broken in ("", "def f(:\n  '", "(", "  x\n y", "\\", "a\0b", "\ud800", "\t\x0c$?!", "\r"):
-        assert all(isinstance(token, str) for token in tasks.code_tokens(broken))
 
 
 COMPLEXITY = [  # numbers of the white paper; the first five are its own examples, in Python
@@ -2921,15 +2926,11 @@ def test_published_rows_are_accepted_as_they_are(tmp_path):
 
 TEST = {"args": [], "expected": 1}
 BAD_ROWS = [
-    (b'{"id": "p2", "buggy": ', "expected a JSON object in UTF-8"), (b"true", "got True"),
-    (b"id,buggy,reference", "expected a JSON object"), (b"{'id': 1}", "expected a JSON object"),
-    (b"{} {}", "Extra data"), (b"[]", "expected a JSON object, got []"), (b"null", "got None"),
-    (b'"row"', "got 'row'"), (b"3", "got 3"), (b'{"expected": NaN}', "NaN"),
+    (b'{"id": "p2", "buggy": ', "expected a JSON object in UTF-8"), (b"{} {}", "Extra data"),
+    (b"[]", "expected a JSON object, got []"), (b"null", "got None"), (b'"row"', "got 'row'"),
     (b'{"expected": -Infinity}', "Infinity"), (b"[" * 100_000, "expected a JSON object"),
     (b'{"id": ' + b"9" * 5000 + b"}", "expected a JSON object"), (b"\x00\x01", "expected a JSON"),
-    (gzip.compress(b"{}", mtime=0), "UTF-8"), ('{"id": "caf\u00e9"}'.encode("latin-1"), "UTF-8"),
-    ('{"id": "x"}'.encode("utf-16"), "UTF-8"), (b"\xef\xbb\xbf{}", "BOM"),
-    (b'{"id": "a\x00b"}', "expected a JSON object"),
+    (gzip.compress(b"{}", mtime=0), "UTF-8"), (b"\xef\xbb\xbf{}", "BOM"),
     (b'{"id": "' + b"x" * 4_000_000 + b'"}', "4,000,000 bytes"),
     *((own(name), f'"{name}" must be text without NUL')
       for name in ("id", "buggy", "reference", "entry_point")),
@@ -2937,7 +2938,6 @@ BAD_ROWS = [
     (own(id=7), '"id" must be text without'), (own(id=" "), '"id" must be text'),
     (OWN, 'id "p1" must be unique, line 1 has it'), (own(id="\ud800"), '"id" must be text without'),
     (own(buggy=[]), '"buggy" must be text without'),
-    (own(reference=None), '"reference" must be text without'),
     (own(buggy=BUGGY + "\0"), '"buggy" must be text without NUL'),
     (own(buggy="def total(:"), '"buggy" must hold the source'),
     (own(reference="x ="), '"reference" must hold the source'),
@@ -2947,8 +2947,7 @@ BAD_ROWS = [
     (own(entry_point="items"), "no function items"),
     (own(reference=f"Fixed:\n{FIXED}"), '"reference" must hold the source'),
     (own(tests="assert"), 'must be a list of {"args": [...], "expected": ...}, got \'assert\''),
-    (own(tests={}), "got {}"), (own(tests=[]), "got []"),
-    (own(tests=[[1, 2]]), "got [[1, 2]]"), (own(tests=[{"args": []}]), "must be a list of"),
+    (own(tests=[]), "got []"), (own(tests=[{"args": []}]), "must be a list of"),
     (own(tests=[TEST, {**TEST, "kwargs": {}}]), "must be a list of"),
     (own(tests=[{**TEST, "args": 1}]), "must be a list of"),
     (json.dumps(own(tests=[TEST])).replace("[]", "[" * 200 + "]" * 200).encode(), "must be a list"),

@@ -64,7 +64,8 @@ def knob(default, text, low=0, high=2**31 - 1, choices=None, heading=None):
 class Config:
     """Every choice of a run, each an option. The defaults are the essay's, for one GPU."""
     task: str = knob("codeedit", "what to learn", choices=sorted(tasks.TASKS), heading="the run")
-    method: str = knob("vcopd", "preset of the one loop", choices=("vcopd", "rl", "opd", "sft"))
+    method: str = knob("vcopd", "preset of the one loop", choices=(
+        "vcopd", "rl", "opd", "sft", "rl-bare", "sft-replay"))
     model: str = knob("tiny", "tiny (built here), a Hugging Face id, a folder, or a PEFT folder")
     teacher: str = knob("self", "self (--model reads a hint), none, a better model, a PEFT folder")
     data: str = knob("", "train on the problems of this file (JSON lines)")
@@ -117,13 +118,15 @@ class Config:
     kl_budget: float = knob(0.05, "largest KL to the base that still counts as improved")
     blind: bool = False  # set by METHODS alone, as the next: do not look at the verdict
     imitate: bool = False  # learn from reference answers, not from rollouts
+    tested: bool = True  # set by --compare alone: False leaves the test problems to chosen runs
 
 
 TINY = {  # the built-in model has 1 M parameters: what differs from the essay's defaults, and why
-    "steps": 48, "format_examples": 512, "max_new_tokens": 96,  # two minutes on 2 cores, enough
-    "eval_every": 4, "save_every": 10, "replay_every": 10,  # 100 and 200 steps would be never
-    "lr": 1e-3, "format_lr": 1e-3,  # small models want larger steps: at 1e-5 nothing moves in 48
-    "kl_coef": 0.1,  # 48 steps are too few for beta to find its level from 0.01
+    "steps": 32, "prompts": 8, "format_examples": 512, "max_new_tokens": 96,  # minutes on 2 cores
+    "eval_every": 8, "save_every": 8, "replay_every": 10,  # 100 and 200 steps would be never
+    "lr": 1e-3, "format_lr": 1e-3,  # small models want larger steps: at 1e-5 nothing moves in 32
+    "kl_target": 0.05,  # the essay's upper end: not to over-edit alone costs 0.015 of these nats
+    "kl_coef": 0.05,  # 32 steps are too few for beta to find its level from 0.01
     "replay_keep": 0.5,  # it has 20 prompts of each old skill: with 4, coding was forgotten
     "replay_share": 0.2}  # the upper end: so small a model forgets faster
 
@@ -146,11 +149,9 @@ def build_parser() -> argparse.ArgumentParser:
             group = parser.add_argument_group(meta["heading"])
             group = group.add_mutually_exclusive_group() if name == "eval_only" else group
         others = "".join(f"; {who} {values[name]}" for who, values in presets if name in values)
-        text = f"{meta['help']} [{option.default}{others}]"
-        if kind is bool:
-            group.add_argument(flag(name), help=meta["help"], action="store_true")
-        else:
-            group.add_argument(flag(name), help=text, type=kind, choices=meta["choices"])
+        text = meta["help"] + ("" if kind is bool else f" [{option.default}{others}]")
+        group.add_argument(flag(name), help=text, **({"action": "store_true"} if kind is bool else {
+            "type": kind, "choices": meta["choices"]}))
     group.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
     group.add_argument("--plot", metavar="RUN", nargs="+", help="draw runs, or one comparison")
     return parser
@@ -163,26 +164,29 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+import transformers  # noqa: E402
+from safetensors.torch import load_file, save  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+transformers.utils.logging.disable_progress_bar()  # of files; downloads keep theirs
 progress = partial(tqdm, mininterval=1, disable=None, leave=False)  # where somebody is watching
 COMMANDS = {"eval_only": ("method", "steps"), "check": (), "inspect": (), "bench": (),
             "compare": ("method",), "ablations": ("method",)}  # and the options that they settle
 LOGITS = 2**22  # held at one time, so that (B, T, V) never exists
+LOOK = 64  # validation problems in a look
+OLD = ("old", "replayed", "unreplayed", "chance")  # what a look says of old skills
 PASS_K = 4  # k of pass@k: a constant, so that runs with other --rollouts can be compared
-RATES = (0.3, 1.0, 3.0)  # times --lr: each method is compared at each of them
-ABLATIONS = {
-    "vcopd": {}, "gate success": {"gate": "success"}, "gate failure": {"gate": "failure"},
-    "gate none": {"gate": "none"}, "no clip": {"gap_clip": 1e9}, "lambda 0": {"teacher_coef": 0.0},
-    "lambda 0.05": {"teacher_coef": 0.05}, "lambda 1": {"teacher_coef": 1.0},
-    "no replay": {"replay_share": 0.0}, "no KL guard": {"kl_coef": 0.0}, "K 2": {"rollouts": 2},
-    "K 8": {"rollouts": 8}}
+RATES = (0.25, 0.5, 1.0, 2.0, 4.0)  # times --lr: each method is compared at each of them
+COMPARED = ("in_domain pass@1", "in_domain excess_edit", "in_domain styled", "new_bugs pass@1",
+            "out_of_domain pass@1", "general replayed", "general unreplayed", "general chance",
+            "kl_to_base", "kl_from_base", "entropy")
 COLUMNS = {  # key of metrics.jsonl, or seconds: its name in the terminal
     "step": "step", "reward": "reward", "pass_rate": "passed", "eval_pass": "new",
-    "eval_old": "old", "kl": "kl", "entropy": "entropy", "kl_coef": "beta", "format_rate": "format",
-    "tied_rollouts": "tied", "teacher_share": "teacher", "nll": "nll", "seconds": "seconds"}
+    "eval_replayed": "old", "eval_unreplayed": "other", "kl": "kl", "entropy": "entropy",
+    "kl_coef": "beta", "tied_rollouts": "tied", "teacher_share": "teacher", "nll": "nll",
+    "seconds": "seconds"}
 
 # PART I - THE METHOD: the training loop, and below it its Steps ##############################
 
@@ -196,7 +200,10 @@ METHODS = {  # presets of the one loop: what is fixed here cannot be set by an o
     # blind distillation: A = 0, no gate, no gap clip: A_dense is D. KL guard and replay stay
     "opd": {"blind": True, "teacher_coef": 1.0, "gate": "none", "gap_clip": 1e9},
     # reference answers instead of rollouts: none of the Steps 2 to 6, but their loop
-    "sft": {"imitate": True, "teacher": "none", "teacher_coef": 0.0, "replay_share": 0.0}}
+    "sft": {"imitate": True, "teacher": "none", "teacher_coef": 0.0, "replay_share": 0.0},
+    # controls, to tell on-policy data from the guards: SFT with replay, RL without both guards
+    "sft-replay": {"imitate": True, "teacher": "none", "teacher_coef": 0.0},
+    "rl-bare": {"teacher": "none", "teacher_coef": 0.0, "replay_share": 0.0, "kl_coef": 0.0}}
 
 
 def train(policy: Policy, task: tasks.Task, state: State, out: Path, cfg: Config) -> None:
@@ -205,8 +212,13 @@ def train(policy: Policy, task: tasks.Task, state: State, out: Path, cfg: Config
     for step in range(state.step, cfg.steps):
         started, samples = time.perf_counter(), []
         examples = examples_at(task, step, cfg)[rank::world]  # each device has its own
+
+        # Step 6, before the update: now and then, collect the best answers about old skills
+        if cfg.replay_share > 0 and task.anchors and step % cfg.replay_every == 0:
+            state.replay = refresh_replay(policy, task.anchors, step, cfg)
+
         if cfg.imitate:  # the SFT baseline
-            info, grad_norm = sft_step(policy, policy.student, examples, state.optimizer, cfg)
+            info, grad_norm = sft_step(policy, policy.student, examples, state, cfg)
             metrics = over_ranks(info)
         else:
             # Step 2: sample K answers to each prompt from the current student
@@ -223,10 +235,6 @@ def train(policy: Policy, task: tasks.Task, state: State, out: Path, cfg: Config
 
             # Step 4: student (still pi_old), reference and teacher score these tokens once
             parts = score(policy, batch, examples, advantage, cfg)
-
-            # Step 6, before the update: now and then, collect the best answers about old skills
-            if cfg.replay_share > 0 and task.anchors and step % cfg.replay_every == 0:
-                state.replay = refresh_replay(policy, task.anchors, step, cfg)
 
             # Step 5: learn from both; then tighten or relax the KL guard
             info, grad_norm = update(policy, parts, state, cfg)
@@ -255,19 +263,14 @@ def update(policy: Policy, parts: list[Experience], state: State, cfg: Config) -
     In the first epoch the student still is pi_old: rho is 1, and the clip acts in later ones."""
     tokens = over_ranks(sum(int(part.batch.mask.sum()) for part in parts))
     for epoch in range(cfg.epochs):
-        replay = draw_replay(state, epoch, cfg)
-        share = cfg.replay_share if replay else 0.0
-        info: Counter[str] = Counter()
+        share, replayed = imitate_replay(policy, state, epoch, cfg)
+        info: Counter[str] = Counter(replayed)
         for part in parts:
-            hidden = completion_hidden(policy, policy.student, part.batch)
-            terms = on_tokens(policy, token_terms, cfg.temperature, part.batch, hidden,
-                              part.hidden_ref)
+            hidden = completion_hidden(policy, policy.student, part.batch), part.hidden_ref
+            terms = on_tokens(policy, token_terms, cfg.temperature, part.batch, *hidden)
             loss, logged = vcopd_loss(terms, part, state.kl_coef, tokens, cfg)
             total_loss(loss, 0.0, share).backward()
             info.update({name: value.item() for name, value in logged.items()})
-        if replay:
-            info["replay_loss"] = imitate(policy, policy.student, replay, cfg, cfg.temperature,
-                                          share)
         grad_norm = optimizer_step(state.optimizer, cfg)
     return dict(info), grad_norm
 
@@ -323,8 +326,7 @@ class Policy:
     @property
     def teacher(self) -> tuple[Policy, Role]:
         """The model and the adapters of T: itself, unless another one was named."""
-        own = self, self.specialist or self.reference
-        return (self.stronger, BASE) if self.stronger else own
+        return (self.stronger, BASE) if self.stronger else (self, self.specialist or self.reference)
 
     @property
     def student(self) -> Role:
@@ -337,8 +339,22 @@ class Policy:
         return self.stop_ids.device
 
     def encode(self, prompt: str) -> list[int]:
-        """A user message as the ids that the model continues."""
-        return prompt_ids(self.tokenizer, prompt)
+        """A user message in the model's chat template as ids, with exactly one BOS token."""
+        tokenizer, shown = self.tokenizer, prompt
+        special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+        if spelt := any(name in prompt for name in special):  # text cannot make special tokens:
+            shown = "\ufffc"  # it stands aside while the template writes its own
+        text = shown + "\n"
+        if tokenizer.chat_template is not None:
+            text = tokenizer.apply_chat_template(
+                [{"role": "user", "content": shown}], tokenize=False, add_generation_prompt=True,
+                enable_thinking=False)  # Qwen3: the answer at once
+        plain = partial(tokenizer, add_special_tokens=False)
+        ids, *others = (plain(part).input_ids for part in (text.split(shown) if spelt else [text]))
+        for part in others:  # before it the prompt, a special token's name like any other word
+            ids = ids + plain(prompt, split_special_tokens=True).input_ids + part
+        own = tokenizer("").input_ids[:1]  # it begins with that, as some templates do already
+        return own + ids if own == [tokenizer.bos_token_id] and ids[:1] != own else ids
 
     def decode(self, batch: Batch) -> list[str]:
         """Completions as text, as written but for the stop token at the end."""
@@ -516,15 +532,12 @@ def vcopd_loss(terms: Tensor, part: Experience, kl_coef: float, tokens: int, cfg
     kl_loss = kl_coef * kl_mean  # Eq. 8
     entropy_mean = token_mean(entropy, mask, tokens)
     loss = policy_loss + kl_loss - cfg.entropy_coef * entropy_mean  # Eq. 11
-    clipped = (objective < ratio * dense).float()
     hint = (dense - part.advantage[:, None]).abs()
     teacher_share = hint / (hint + part.advantage.abs()[:, None]).clamp(min=1e-12)
-    tied = (part.advantage == 0)[:, None]
     return loss, {"policy_loss": policy_loss, "kl": kl_mean, "entropy": entropy_mean,
-                  "ratio_clipped": token_mean(clipped, mask, tokens),
+                  "ratio_clipped": token_mean((objective < ratio * dense).float(), mask, tokens),
                   "teacher_share": token_mean(teacher_share, mask, tokens),
-                  "gap": token_mean(part.gap.abs(), mask, tokens),
-                  "gap_tied": token_mean(part.gap.abs() * tied, mask, tokens)}
+                  "gap": token_mean(part.gap.abs(), mask, tokens)}
 
 
 def token_mean(values: Tensor, mask: Tensor, tokens: int) -> Tensor:
@@ -556,8 +569,7 @@ def refresh_replay(policy: Policy, anchors: list[tasks.Example], step: int, cfg:
     by_skill: dict[str, list[int]] = {}  # else the easiest skills would fill the pool
     for i in sorted(range(len(anchors)), key=lambda i: (verdicts[i].reward, confidence[i].item())):
         by_skill.setdefault(anchors[i].skill, []).append(i)
-    kept = [i for rows in by_skill.values()
-            for i in rows[-math.ceil(cfg.replay_keep * len(rows)):]]
+    kept = [i for rows in by_skill.values() for i in rows[-math.ceil(cfg.replay_keep * len(rows)):]]
     return batch.rows(torch.tensor(kept))
 
 
@@ -566,33 +578,7 @@ def total_loss(loss: Tensor | float, loss_replay: Tensor | float, share: float) 
     return (1 - share) * loss + share * loss_replay  # Eq. 12
 
 
-# PART II - THE MACHINERY: what the method stands on ##########################################
-
-# Prompts as ids, padding, and randomness without a state =====================================
-
-def prompt_ids(tokenizer, prompt: str) -> list[int]:
-    """A user message in the model's chat template as ids, with exactly one BOS token."""
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    spelt = any(name in prompt for name in special)  # a user's text cannot make special tokens:
-    shown = "\ufffc" if spelt else prompt  # it stands aside while the template writes its own
-    text = shown + "\n"
-    if tokenizer.chat_template is not None:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": shown}], tokenize=False, add_generation_prompt=True,
-            enable_thinking=False)  # Qwen3: the answer at once
-    ids, *others = (tokenizer(piece, add_special_tokens=False).input_ids
-                    for piece in (text.split(shown) if spelt else [text]))
-    for piece in others:
-        ids = ids + plain_ids(tokenizer, prompt) + piece
-    own = tokenizer("").input_ids[:1]  # what the tokenizer itself begins with
-    missing = own == [tokenizer.bos_token_id] and ids[:1] != own  # some templates write it, too
-    return own + ids if missing else ids
-
-
-def plain_ids(tokenizer, text: str) -> list[int]:
-    """Text as ids, in which a special token's name is spelt like any other word."""
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-
+# PART II - THE MACHINERY: padding, randomness without a state, and all that comes below them ##
 
 def pad(rows: list[list[int]], value: int, left: bool = False) -> tuple[Tensor, Tensor]:
     """Lists of ids as one (B, L) tensor, and the (B, L) mask of what is not padding."""
@@ -649,11 +635,10 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 def wrap_linears(model: nn.Module) -> None:
     """Freeze the model and wrap each linear layer of attention and MLP, the head excepted."""
-    from transformers.pytorch_utils import Conv1D
     model.requires_grad_(False)
     for parent in list(model.base_model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear | Conv1D) and not isinstance(parent, LoRALinear):
+            if isinstance(child, nn.Linear | transformers.Conv1D):
                 setattr(parent, name, LoRALinear(child))
 
 
@@ -675,8 +660,7 @@ def adapter_optimizer(model: nn.Module, name: str, lr: float) -> torch.optim.Opt
 # Reading, drawing and scoring tokens =========================================================
 
 def read_tokens(policy: Policy, ids: Tensor, seen: Tensor, cache=None) -> tuple:
-    """The last hidden state (B, D) of ids (B, L) behind a cache, and the cache with them.
-    `seen` is False on padding, in the cache and in the ids."""
+    """Last hidden state (B, D) of ids (B, L), and cache. `seen`, of both, is False on padding."""
     positions = (seen.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
     out = policy.model.base_model(ids, attention_mask=seen.long(), position_ids=positions,
                                   past_key_values=cache, use_cache=True)
@@ -750,23 +734,21 @@ def micro_batches(policy: Policy, batch: Batch, most: int) -> list[Tensor]:
     lengths = batch.mask.sum(1).tolist()
     sized = [(len(batch.contexts[pack[0]]) + sum(lengths[i] for i in pack), pack)
              for pack in packs(batch, min(policy.pack, most))]
-    found, members = [], []
+    found = [[]]
     for size, pack in sorted(sized, key=lambda pair: pair[0]):
-        if members and (len(members) + 1) * size > most:
-            found.append(members)
-            members = []
-        members.append(pack)
-    return [torch.tensor([i for pack in members for i in pack]) for members in [*found, members]]
+        if found[-1] and (len(found[-1]) + 1) * size > most:
+            found.append([])
+        found[-1].append(pack)
+    return [torch.tensor(sum(members, [])) for members in found]
 
 
 def on_tokens(policy: Policy, terms, temperature: float, batch: Batch, *hidden: Tensor) -> Tensor:
     """Apply `terms(model, temperature, ids, *hidden)` to the N unmasked tokens: -> (..., B, T).
     Some tokens at a time, and once more in the backward pass. Padding is 0."""
-    size = max(1, LOGITS // policy.model.config.vocab_size)
-    chunks = [checkpoint(terms, policy.model, temperature, *chunk, use_reentrant=False)
-              for chunk in zip(*(t.split(size) for t in (batch.completion[batch.mask], *hidden)),
-                               strict=True)]
-    flat = torch.cat(chunks, -1)  # (..., N)
+    size, known = max(1, LOGITS // policy.model.config.vocab_size), batch.completion[batch.mask]
+    chunks = zip(*(tensor.split(size) for tensor in (known, *hidden)), strict=True)
+    flat = torch.cat([checkpoint(terms, policy.model, temperature, *chunk, use_reentrant=False)
+                      for chunk in chunks], -1)  # (..., N)
     out = flat.new_zeros(*flat.shape[:-1], *batch.mask.shape)
     return out.masked_scatter(batch.mask.expand_as(out), flat)
 
@@ -776,8 +758,9 @@ def on_tokens(policy: Policy, terms, temperature: float, batch: Batch, *hidden: 
 def solution_batch(policy: Policy, examples: list[tasks.Example]) -> Batch:
     """Reference answers, each ending in the stop token, as a batch to imitate."""
     stop = int(policy.stop_ids[0])
-    answers = [[*plain_ids(policy.tokenizer, e.reference), stop] for e in examples]
-    completion, mask = (t.to(policy.device) for t in pad(answers, policy.pad_id))
+    rows = [[*policy.tokenizer(e.demonstration or e.reference, add_special_tokens=False,
+                               split_special_tokens=True).input_ids, stop] for e in examples]
+    completion, mask = (t.to(policy.device) for t in pad(rows, policy.pad_id))
     return Batch([policy.encode(e.prompt) for e in examples], completion, mask)
 
 
@@ -793,38 +776,39 @@ def imitate(policy: Policy, role: Role, batch: Batch, cfg: Config, temperature: 
     return value
 
 
-def sft_step(policy: Policy, role: Role, examples: list[tasks.Example],
-             optimizer: torch.optim.Optimizer, cfg: Config) -> tuple[dict[str, float], float]:
-    """`epochs` optimiser steps towards the reference answers; returns what `update` does."""
+def sft_step(policy: Policy, role: Role, examples: list, state: State, cfg: Config) -> tuple:
+    """`epochs` optimiser steps towards the demonstrations; returns what `update` does."""
     batch = solution_batch(policy, examples)
-    for _ in range(cfg.epochs):
-        nll = imitate(policy, role, batch, cfg)
-        grad_norm = optimizer_step(optimizer, cfg)
-    return {"nll": nll, "tokens": int(batch.mask.sum())}, grad_norm
+    for epoch in range(cfg.epochs):
+        share, info = imitate_replay(policy, state, epoch, cfg)
+        info["nll"] = imitate(policy, role, batch, cfg, 1.0, 1 - share)
+        grad_norm = optimizer_step(state.optimizer, cfg)
+    return {**info, "tokens": int(batch.mask.sum())}, grad_norm
 
 
 def train_format(policy: Policy, task: tasks.Task, cfg: Config) -> None:
     """Step 1: one low-rate epoch of SFT on an adapter that is then frozen, part of pi_ref."""
     add_adapter(policy.model, "format", cfg.format_rank, cfg.format_rank, cfg.seed)
     policy.reference = (*policy.reference, "format")
-    optimizer = adapter_optimizer(policy.model, "format", cfg.format_lr)
+    state = State(adapter_optimizer(policy.model, "format", cfg.format_lr), 0.0)
     count = min(cfg.format_examples, len(task.train))
     order = torch.randperm(count, generator=seeded("format", cfg.seed)).tolist()
     for i in progress(range(0, count, cfg.prompts), "Step 1: format"):
         some = [task.train[j] for j in order[i:i + cfg.prompts]]
-        sft_step(policy, policy.reference, some, optimizer, replace(cfg, epochs=1))
-    for parameter in optimizer.param_groups[0]["params"]:
+        sft_step(policy, policy.reference, some, state, replace(cfg, epochs=1))
+    for parameter in state.optimizer.param_groups[0]["params"]:
         parameter.requires_grad_(False)
 
 
-def draw_replay(state: State, epoch: int, cfg: Config) -> Batch | None:
-    """As many kept samples as make `replay_share` of the rows. Their weight is r in any case."""
+def imitate_replay(policy: Policy, state: State, epoch: int, cfg: Config) -> tuple[float, dict]:
+    """Add up the gradients of kept samples, r of all rows; their weight, r or 0, and loss."""
     if state.replay is None:
-        return None
+        return 0.0, {}
     count = round(cfg.prompts * cfg.rollouts * cfg.replay_share / (1 - cfg.replay_share))
-    generator = seeded("mix", cfg.seed, state.step, epoch)
-    return state.replay.rows(torch.randint(len(state.replay.contexts), (max(1, count),),
-                                           generator=generator))
+    drawn = state.replay.rows(torch.randint(len(state.replay.contexts), (max(1, count),),
+                                            generator=seeded("mix", cfg.seed, state.step, epoch)))
+    loss = imitate(policy, policy.student, drawn, cfg, cfg.temperature, cfg.replay_share)
+    return cfg.replay_share, {"replay_loss": loss}
 
 
 def optimizer_step(optimizer: torch.optim.Optimizer, cfg: Config) -> float:
@@ -840,22 +824,20 @@ def optimizer_step(optimizer: torch.optim.Optimizer, cfg: Config) -> float:
     return norm
 
 
-def rollout_metrics(policy: Policy, batch: Batch, verdicts: list[tasks.Verdict],
-                    cfg: Config) -> dict:
+def rollout_metrics(policy: Policy, batch: Batch, verdicts: list, cfg: Config) -> dict:
     """What this device adds to the step's shares of answers, and to its counts."""
-    count = cfg.prompts * cfg.rollouts
-    groups = [verdicts[i:i + cfg.rollouts] for i in range(0, len(verdicts), cfg.rollouts)]
+    count, k = cfg.prompts * cfg.rollouts, cfg.rollouts
+    groups = [{v.reward for v in verdicts[i:i + k]} for i in range(0, len(verdicts), k)]
     stopped = (torch.isin(batch.completion, policy.stop_ids) & batch.mask).any(1)
     return {"reward": sum(v.reward for v in verdicts) / count,
             "pass_rate": sum(v.passed for v in verdicts) / count,
             "format_rate": sum(v.formatted for v in verdicts) / count,
-            "truncated": int((~stopped).sum()) / count,
-            "tied_rollouts": sum(len({v.reward for v in g}) == 1 for g in groups) / cfg.prompts,
-            "tokens": int(batch.mask.sum()),
+            "truncated": int((~stopped).sum()) / count, "tokens": int(batch.mask.sum()),
+            "tied_rollouts": sum(len(group) == 1 for group in groups) / cfg.prompts,
             "reasons": Counter(v.reason.split(":")[0].rstrip(" 0123456789") for v in verdicts)}
 
 
-# Several devices: torchrun --nproc_per_node N vcopd.py ... ===================================
+# Several devices: torchrun --nproc_per_node N vcopd.py ...; from the command line to a Config =
 # Each process ("rank") holds the whole model and samples its share of the prompts. Gradients and
 # metrics are summed. All ranks evaluate alike; what those above 0 print or write is thrown away.
 
@@ -865,9 +847,8 @@ def over_ranks(value):
         return value
     boxes: list = [None] * dist.get_world_size()
     dist.all_gather_object(boxes, value)
-    if isinstance(value, dict):
-        return {key: sum((box[key] for box in boxes[1:]), boxes[0][key]) for key in value}
-    return sum(boxes)
+    return sum(boxes) if not isinstance(value, dict) else {
+        key: sum((box[key] for box in boxes[1:]), boxes[0][key]) for key in value}
 
 
 def join_ranks(cfg: Config, task: tasks.Task) -> Config:
@@ -894,8 +875,6 @@ def join_ranks(cfg: Config, task: tasks.Task) -> Config:
     return cfg
 
 
-# From the command line to a Config ===========================================================
-
 def read_config(arguments: list[str]) -> tuple[Config, bool]:
     """Defaults, then the presets of model, task and method, then what was said; resuming?"""
     parser = build_parser()
@@ -904,12 +883,22 @@ def read_config(arguments: list[str]) -> tuple[Config, bool]:
         low, value, high = option.metadata["low"], said[option.name], option.metadata["high"]
         if type(value) in (int, float) and not low <= value <= high:
             parser.error(f"{flag(option.name)} is {value}: give a number from {low} to {high}")
-    if "resume" in said:
-        return saved_config(parser, said.pop("resume"), said), True
-    method = METHODS[said.get("method", Config.method)]
-    tiny = TINY if said.get("model", Config.model) == "tiny" else {}
-    preset = tasks.PRESETS.get(said.get("task", Config.task), {})
-    cfg = Config(**{**tiny, **preset, **method, **said})
+    if (out := said.pop("resume", None)) is not None:  # what was said may prolong or move that run
+        try:
+            held = json.loads(Path(out, "config.json").read_text("utf-8"))
+            saved = Config(**{**held, **{f.name: held[f.name] for f in fields(Config)}})
+        except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+            parser.error(f"--resume {out} is no run of this version ({error!r}): give its --out")
+        for key in said.keys() - {"steps", "save_every", "device", "micro_tokens"}:
+            if said[key] != getattr(saved, key):
+                parser.error(f"{flag(key)} {said[key]} would break the continuation: leave it out")
+        if Path(out, "report.json").exists() and said.get("steps", 0) <= saved.steps:
+            print(f"{out} is finished: read report.json there, or add --steps above {saved.steps}")
+            sys.exit(0)
+        return replace(saved, **{**said, "out": out}), True
+    cfg = Config(**said)
+    tiny, method = TINY if cfg.model == "tiny" else {}, METHODS[cfg.method]
+    cfg = Config(**{**tiny, **tasks.PRESETS.get(cfg.task, {}), **method, **said})
     command = next((name for name in COMMANDS if getattr(cfg, name)), "")
     fixed = {**dict.fromkeys(method, f"--method {cfg.method}"),
              **dict.fromkeys(COMMANDS.get(command, ()), flag(command))}
@@ -927,22 +916,6 @@ def read_config(arguments: list[str]) -> tuple[Config, bool]:
     return replace(cfg, out=cfg.out or f"runs/{cfg.task}-{kind}"), False
 
 
-def saved_config(parser: argparse.ArgumentParser, folder: str, said: dict) -> Config:
-    """The Config of a run to go on with. What was said may only prolong or move it."""
-    try:
-        held = json.loads(Path(folder, "config.json").read_text("utf-8"))
-        saved = Config(**{**held, **{f.name: held[f.name] for f in fields(Config)}})
-    except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
-        parser.error(f"--resume {folder} is no run of this version ({error!r}): give its --out")
-    for name in said.keys() - {"steps", "save_every", "device", "micro_tokens"}:
-        if said[name] != getattr(saved, name):
-            parser.error(f"{flag(name)} {said[name]} would break the continuation: leave it out")
-    if Path(folder, "report.json").exists() and said.get("steps", 0) <= saved.steps:
-        print(f"{folder} is finished: read report.json there, or add --steps above {saved.steps}")
-        sys.exit(0)
-    return replace(saved, **{**said, "out": folder})
-
-
 # PART III - RUNNING IT: models, evaluation, run folder, commands ##############################
 
 # The built-in model: a small Llama that is pretrained on the spot ============================
@@ -952,7 +925,7 @@ RECIPE = {"vocab": 768, "documents": 12000, "steps": 700, "batch_tokens": 3200, 
 SHAPE = {"hidden_size": 128, "intermediate_size": 341, "num_hidden_layers": 4,
          "num_attention_heads": 4, "max_position_embeddings": 1024, "tie_word_embeddings": True,
          "initializer_range": 0.06}  # 0.02 is for wide models: here copying emerges later
-SHORTER = {"arithmetic": {"steps": 350}}  # sums are short
+SHORTER = {"arithmetic": {"steps": 600}}  # sums are short
 CHAT = "{% for m in messages %}<|user|>{{ m.content }}<|end|><|assistant|>{% endfor %}"
 
 
@@ -962,7 +935,7 @@ def build_tiny(task: tasks.Task) -> str:
     documents = [tasks.web_document(task, rng) for _ in range(500)]  # tell one corpus from another
     digest = hashlib.sha256(json.dumps([recipe, SHAPE, CHAT, documents]).encode()).hexdigest()[:12]
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "vcopd")
-    folder = cache / f"tiny-{task.name}-{digest}"
+    folder = cache / f"tiny-{task.name.partition('-')[0]}-{digest}"  # knobs may share a base
     if folder.exists():
         return str(folder)
     print(f"Building the model tiny for {task.name}: a few minutes, once.", flush=True)
@@ -981,27 +954,24 @@ def build_tiny(task: tasks.Task) -> str:
 def train_tokenizer(texts: list[str], vocab: int):
     """A byte-level BPE, digits apart: any text can be written, none is unknown."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
     bpe, byte_level = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), byte_level])
     bpe.decoder = decoders.ByteLevel()
     bpe.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=vocab, special_tokens=["<|end|>", "<|user|>", "<|assistant|>"],
         initial_alphabet=byte_level.alphabet(), show_progress=False))
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>",
-                                   pad_token="<|end|>", chat_template=CHAT)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|end|>", pad_token="<|end|>", chat_template=CHAT)
 
 
 def pretrain(documents: list[tuple[str, str]], recipe: dict) -> Policy:
     """A small Llama, trained on the answers only: at this size, else copying never emerges."""
-    from transformers import LlamaConfig, LlamaForCausalLM, utils
-    utils.logging.disable_progress_bar()  # of writing files
     tokenizer = train_tokenizer([text for pair in documents for text in pair], recipe["vocab"])
-    stop = tokenizer.eos_token_id
+    end = tokenizer.eos_token_id
     torch.manual_seed(recipe["seed"])
-    model = LlamaForCausalLM(LlamaConfig(**SHAPE, vocab_size=len(tokenizer), bos_token_id=None,
-                                         eos_token_id=stop, pad_token_id=stop))
-    policy, cfg = Policy(model, tokenizer, torch.tensor([stop]), stop), Config(micro_tokens=1024)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        **SHAPE, vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=end, pad_token_id=end))
+    policy, cfg = Policy(model, tokenizer, torch.tensor([end]), end), Config(micro_tokens=1024)
     corpus = solution_batch(policy, [tasks.Example("", *pair, "") for pair in documents])
     tokens = sum(map(len, corpus.contexts)) + int(corpus.mask.sum())
     size = recipe["batch_tokens"] * len(documents) // tokens  # rows of a batch
@@ -1033,12 +1003,10 @@ def load_policy(cfg: Config, task: tasks.Task | None) -> Policy:
     base = adapter_base(name)
     policy = load_frozen(base or name, cfg)
     if base:  # frozen like the format adapter: the reference is the model as given
-        load_adapter(policy.model, "start", Path(name))
-        policy.reference = ("start",)
+        policy.reference = load_adapter(policy.model, "start", Path(name))
     add_adapter(policy.model, "policy", cfg.lora_rank, cfg.lora_alpha, cfg.seed)
     if has_teacher(cfg) and adapter_base(cfg.teacher):
-        load_adapter(policy.model, "specialist", Path(cfg.teacher))
-        policy.specialist = ("specialist",)
+        policy.specialist = load_adapter(policy.model, "specialist", Path(cfg.teacher))
     elif has_teacher(cfg) and cfg.teacher != "self":
         policy.stronger = load_frozen(cfg.teacher, cfg)
         if policy.stronger.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
@@ -1048,25 +1016,26 @@ def load_policy(cfg: Config, task: tasks.Task | None) -> Policy:
 
 def load_frozen(name: str, cfg: Config) -> Policy:
     """A causal LM and its tokenizer: frozen, wrapped in LoRA and checked. Raises RunError."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, utils
-    utils.logging.disable_progress_bar()  # of reading files; downloads keep theirs
     with reading(name, f"give a model that is whole, reachable and works on --device {cfg.device}"):
         fastest = torch.accelerator.current_accelerator(check_available=True) or "cpu"
         device = torch.empty(0, device=fastest if cfg.device == "auto" else cfg.device).device
         bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = ("bfloat16" if bf16 else "float32") if cfg.dtype == "auto" else cfg.dtype
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=getattr(torch, dtype), trust_remote_code=False, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         if info["missing_keys"]:
             raise ValueError(f"it holds no weights for {min(info['missing_keys'])}")
-        large = model.num_parameters() >= 3e8  # there memory is dearer than time
         wrap_linears(model.eval())  # no dropout while scoring
         for layer in lora_layers(model).values() if cfg.quantize == "nf4" else ():
             layer.base = NF4Linear(layer.base.to(device))  # one by one: the device holds no more
-        if large or cfg.quantize == "nf4":  # else autograd keeps every dequantised weight
-            recompute_layers(model)
-        stops = stop_tokens(tokenizer, model.generation_config)
+        if cfg.quantize == "nf4" or model.num_parameters() >= 3e8:  # memory is dearer than time;
+            recompute_layers(model)  # and autograd would keep every dequantised weight
+        others = model.generation_config.eos_token_id
+        stops = [tokenizer.eos_token_id, *(others if isinstance(others, list) else [others])]
+        if stops[0] is None:
+            raise ValueError("its tokenizer has no end-of-sequence token, so no answer could end")
+        stops = list(dict.fromkeys(i for i in stops if i is not None))  # SFT teaches the first
         pad_id = stops[-1] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         local = ("sliding_window", "attention_chunk_size", "window_size")
         alone = any(getattr(model.config, key, None) for key in local)  # no mask fits all layers
@@ -1074,15 +1043,6 @@ def load_frozen(name: str, cfg: Config) -> Policy:
                         pack=0 if alone else Policy.pack)
         self_check(policy)
     return policy
-
-
-def stop_tokens(tokenizer, generation_config) -> list[int]:
-    """Every id that ends an answer; SFT teaches the first."""
-    others = generation_config.eos_token_id
-    found = [tokenizer.eos_token_id, *(others if isinstance(others, list) else [others])]
-    if found[0] is None:
-        raise ValueError("its tokenizer has no end-of-sequence token, so no answer could end")
-    return list(dict.fromkeys(i for i in found if i is not None))
 
 
 @torch.no_grad()
@@ -1104,24 +1064,15 @@ def self_check(policy: Policy) -> None:
 
 def recompute_layers(model: nn.Module) -> None:
     """Let each decoder layer keep its input only: a third more work, far less memory."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    def recomputed(forward, *inputs, **options):
-        if not torch.is_grad_enabled():
-            return forward(*inputs, **options)
-        now = adapters(LoRALinear.active)  # by the time of backward, `with` is over
-        return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False,
-                          context_fn=lambda: (contextlib.nullcontext(), now), **options)
-
     for layer in model.modules():
-        if isinstance(layer, GradientCheckpointingLayer):
-            layer.forward = partial(recomputed, layer.forward)
+        if isinstance(layer, transformers.GradientCheckpointingLayer):
+            layer.forward = partial(  # by the backward pass, `with` is over
+                checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False,
+                context_fn=lambda: (contextlib.nullcontext(), adapters(LoRALinear.active)))
 
 
-NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
-       -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-       0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-       0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
+NF4 = (-1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.091050036, 0.0,
+       0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0)
 
 
 class NF4Linear(nn.Module):
@@ -1155,14 +1106,13 @@ def adapter_base(name: str) -> str:
         return json.loads(found.read_bytes())["base_model_name_or_path"] if found.exists() else ""
 
 
-def load_adapter(model: nn.Module, name: str, folder: Path) -> None:
-    """A plain LoRA of PEFT as a frozen adapter, filled up with zeros. Raises RunError."""
-    from safetensors.torch import load_file
+def load_adapter(model: nn.Module, name: str, folder: Path) -> Role:
+    """A plain LoRA of PEFT as a frozen adapter, filled up with zeros; its Role. Raises RunError."""
     with reading(folder, "give the whole folder of a plain LoRA adapter of this very model"):
-        settings = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+        config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
         for key in ("alpha_pattern", "use_qalora", "arrow_config", "init_lora_weights"):
-            if settings.get(key) not in (None, True, False, {}, "gaussian", "eva"):
-                raise ValueError(f"{key} is {settings[key]!r}")  # others leave odd weights
+            if config.get(key) not in (None, True, False, {}, "gaussian", "eva"):
+                raise ValueError(f"{key} is {config[key]!r}")  # others leave odd weights
         weights = load_file(folder / "adapter_model.safetensors")
         rank = max(len(w) for key, w in weights.items() if ".lora_A." in key)
         for path, layer in lora_layers(model).items():
@@ -1171,26 +1121,24 @@ def load_adapter(model: nn.Module, name: str, folder: Path) -> None:
             b = weights.pop(f"{key}B.weight", torch.zeros(rows, 0)).float()
             if a.shape[1] != columns or b.shape != (rows, own := len(a)):
                 raise ValueError(f"{path} has other sizes here")
-            divisor = max(1, own) ** (0.5 if settings.get("use_rslora") else 1)
-            layer.put(name, F.pad(a, (0, 0, 0, rank - own)), F.pad(b, (0, rank - own)),
-                      settings["lora_alpha"] / divisor)
+            scale = config["lora_alpha"] / max(1, own) ** (0.5 if config.get("use_rslora") else 1)
+            layer.put(name, F.pad(a, (0, 0, 0, rank - own)), F.pad(b, (0, rank - own)), scale)
         if weights:
             raise ValueError(f"{min(weights)} is of no linear layer of attention or MLP here")
+    return (name,)
 
 
 @torch.no_grad()
 def export_adapter(folder: Path, policy: Policy) -> None:
     """The student as one adapter for PEFT: a sum of updates is [s1 B1, s2 B2] [A1; A2]."""
-    from safetensors.torch import save
     layers, names, weights = lora_layers(policy.model), policy.student, {}
     for path, layer in layers.items():
         key = f"base_model.model.{path}.lora_"
         weights[f"{key}A.weight"] = torch.cat([layer.lora_A[n] for n in names])
         weights[f"{key}B.weight"] = torch.cat([layer.lora_B[n] * layer.scale[n] for n in names], 1)
     rank = sum(len(layer.lora_A[n]) for n in names)
-    folder.mkdir(exist_ok=True)
     write_atomic(folder / "adapter_model.safetensors", save(weights, {"format": "pt"}))
-    write_json(folder / "adapter_config.json", {
+    write_atomic(folder / "adapter_config.json", {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank,
         "lora_dropout": 0.0, "bias": "none", "base_model_name_or_path": policy.model.name_or_path,
         "fan_in_fan_out": hasattr(layer.base, "nf"),
@@ -1209,21 +1157,41 @@ def answer(policy: Policy, role: Role, examples: list, k: int, temperature: floa
            verify) -> tuple[list[Batch], list[str], list[tasks.Verdict]]:
     """K answers to each example, example-major: as batches of ids, as texts, and their verdicts."""
     cfg, size = replace(cfg, temperature=temperature, top_p=1.0), max(1, 256 // k)
-    batches = []
-    for i in range(0, len(examples), size):
-        prompts = [policy.encode(example.prompt) for example in examples[i:i + size]]
-        batches.append(sample(policy, role, prompts, k, cfg, seeded("evaluation", i)))
+    batches = [sample(policy, role, [policy.encode(e.prompt) for e in examples[i:i + size]], k, cfg,
+                      seeded("evaluation", i)) for i in range(0, len(examples), size)]
     texts = [text for batch in batches for text in policy.decode(batch)]
     return batches, texts, verify_all(verify, examples, texts)
 
 
 def look(policy: Policy, task: tasks.Task, cfg: Config) -> dict[str, float]:
     """The student on a few validation problems: what steers a run sees no problem of the report."""
-    new, old = (examples[:min(64, cfg.eval_problems)] for examples in task.validation)
+    new, old = task.validation[0][:min(LOOK, cfg.eval_problems)], task.validation[1]
     found = answer(policy, policy.student, new, 1, 0.0, cfg, task.verify)[2]
-    skills = answer(policy, policy.student, old, 1, 0.0, cfg, tasks.verify_skill)[2]
-    return {"eval_pass": mean(v.passed for v in found), "eval_old": mean(v.reward for v in skills),
-            "eval_format": mean(v.formatted for v in found)}
+    scores = {"pass": mean(v.passed for v in found), "reward": mean(v.reward for v in found),
+              "format": mean(v.formatted for v in found)}
+    kept = old_skills(policy, policy.student, task, old, cfg)
+    scores |= {kind: kept[kind] for kind in OLD if kind in kept}
+    for name, p, q in (("kl", policy.student, BASE), ("kl_from_base", BASE, policy.student)):
+        batches = answer(policy, p, new[:LOOK // 3], 1, 1.0, cfg, task.verify)[0]
+        scores[name], _ = kl_and_entropy(policy, p, q, batches, cfg)
+    return {f"eval_{name}": score for name, score in scores.items()}
+
+
+@torch.no_grad()
+def old_skills(policy: Policy, role: Role, task: tasks.Task, problems: list, cfg: Config) -> dict:
+    """Shares of old problems that are still solved, by skill and by whether an anchor guards it."""
+    verdicts = answer(policy, role, problems, 1, 0.0, cfg, tasks.verify_skill)[2]
+    chance = 0.0  # of the very reference: it moves before greedy answers do
+    for batch in [solution_batch(policy, problems)] if problems else []:
+        for part in map(batch.rows, micro_batches(policy, batch, cfg.micro_tokens)):
+            chance += log_probs(policy, role, part, 1.0).sum(1).exp().sum().item() / len(problems)
+    rewards, anchored = [v.reward for v in verdicts], {anchor.skill for anchor in task.anchors}
+    groups: dict[str, list[float]] = {"old": rewards}
+    for example, reward in zip(problems, rewards, strict=True):
+        for name in ("replayed" if example.skill in anchored else "unreplayed", example.skill):
+            groups.setdefault(name, []).append(reward)
+    return {**{name: mean(group) for name, group in groups.items()}, "chance": chance,
+            "passes": {name: groups[name] for name in OLD if name in groups}}
 
 
 @torch.no_grad()
@@ -1236,30 +1204,22 @@ def kl_and_entropy(policy: Policy, p: Role, q: Role, batches: list[Batch], cfg: 
     return (sums / max(1, tokens)).tolist()
 
 
-def split_scores(policy: Policy, task: tasks.Task, role: Role, split: str, cfg: Config) -> tuple:
-    """Scores on a split, edit metrics of passing samples only; and samples at temperature 1."""
-    examples = task.evals[split]
-    _, texts, greedy = answer(policy, role, examples, 1, 0.0, cfg, task.verify)
-    batches, _, verdicts = answer(policy, role, examples, PASS_K, 1.0, cfg, task.verify)
-    solved = [v.passed for v in verdicts]
-    scores = {"pass@1": mean(v.passed for v in greedy),
-              "pass@k": mean(any(solved[i:i + PASS_K]) for i in range(0, len(solved), PASS_K)),
-              "reward": mean(v.reward for v in verdicts),
-              "format": mean(v.formatted for v in verdicts)}
-    for name in task.edit_metrics:
-        scores[name] = mean(v.metrics[name] for v in verdicts if v.passed) if any(solved) else None
-    return {**scores, "passes": [int(v.passed) for v in greedy], "answers": texts}, batches
-
-
 def evaluate(policy: Policy, task: tasks.Task, role: Role, cfg: Config) -> dict:
-    """All that the report says of one role; `passes` and `answers` are per problem, KL in nats."""
-    found = {split: split_scores(policy, task, role, split, cfg) for split in task.evals}
-    scores = {split: numbers for split, (numbers, _) in found.items()}
-    problems, visited = task.evals["in_domain"], found["in_domain"][1]
-    verdicts = answer(policy, role, task.benchmark, 1, 0.0, cfg, tasks.verify_skill)[2]
-    old = [(e.skill, v.reward) for e, v in zip(task.benchmark, verdicts, strict=True)]
-    scores["general"] = {"mean": mean(reward for _, reward in old), **{
-        skill: mean(reward for other, reward in old if other == skill) for skill in dict(old)}}
+    """What the report says of one role: lists are per problem, KL in nats, edits of passes only."""
+    scores, samples, problems = {}, {}, task.evals["in_domain"]
+    for split, examples in task.evals.items():
+        _, texts, greedy = answer(policy, role, examples, 1, 0.0, cfg, task.verify)
+        samples[split], _, found = answer(policy, role, examples, PASS_K, 1.0, cfg, task.verify)
+        solved = [v for v in found if v.passed]
+        groups = [any(v.passed for v in found[i:i + PASS_K]) for i in range(0, len(found), PASS_K)]
+        edits = {name: mean(v.metrics[name] for v in solved) if solved else None
+                 for name in task.edit_metrics}
+        scores[split] = {
+            "pass@1": mean(v.passed for v in greedy), "pass@k": mean(groups),
+            "reward": mean(v.reward for v in found), "format": mean(v.formatted for v in found),
+            **edits, "passes": [int(v.passed) for v in greedy], "answers": texts}
+    visited = samples["in_domain"]
+    scores["general"] = old_skills(policy, role, task, task.benchmark, cfg)
     from_base = answer(policy, BASE, problems, 1, 1.0, cfg, task.verify)[0]
     anchors = answer(policy, role, task.anchors, 1, 1.0, cfg, tasks.verify_skill)[0]
     scores["kl_to_base"], scores["entropy"] = kl_and_entropy(policy, role, BASE, visited, cfg)
@@ -1275,37 +1235,36 @@ def evaluate(policy: Policy, task: tasks.Task, role: Role, cfg: Config) -> dict:
     return scores
 
 
-def paired_bootstrap(before: list[int], after: list[int]) -> tuple[float, float]:
-    """95 % interval of the mean change, resampling problems (Efron 1979)."""
-    change = np.array(after) - np.array(before)
-    picks = np.random.default_rng(0).integers(len(change), size=(10_000, len(change)))
-    low, high = np.quantile(change[picks].mean(1), [0.025, 0.975])
-    return float(low), float(high)
+def paired_bootstrap(before: list, after: list) -> tuple[float, float]:
+    """95 % interval of the mean change of results (N,) or (S, N), resampled (Efron 1979)."""
+    change = np.atleast_2d(np.array(after) - np.array(before))
+    rng = np.random.default_rng(0)  # a draw weighs each seed and problem: how often it was drawn
+    seeds, problems = (rng.multinomial(n, np.full(n, 1 / n), 10_000) / n for n in change.shape)
+    return tuple(np.quantile(((seeds @ change) * problems).sum(1), [0.025, 0.975]).tolist())
 
 
 def judge_run(before: dict, after: dict, cfg: Config) -> dict:
     """Improved only if every condition of the essay holds. Each shows its numbers."""
     old, new, kl = before["in_domain"], after["in_domain"], after["kl_to_base"]
     low, high = paired_bootstrap(old["passes"], new["passes"])
-    was, now = before["general"]["mean"], after["general"]["mean"]
+    was, now = before["general"]["old"], after["general"]["old"]
     on_task, on_anchors = (after[name] / before[name] if before[name] else 1.0  # without anchors
                            for name in ("entropy", "entropy_anchors"))
-    found = [
-        ("pass rate up", low > 0, f"{old['pass@1']:.3f} -> {new['pass@1']:.3f}, 95 % interval of "
+    found = {
+        "pass rate up": (low > 0, f"{old['pass@1']:.3f} -> {new['pass@1']:.3f}, 95 % interval of "
                                   f"the change [{low:+.3f}, {high:+.3f}]"),
-        ("general benchmark kept", now - was >= -0.02, f"{was:.3f} -> {now:.3f}, may fall by 0.02"),
-        ("KL within budget", kl <= cfg.kl_budget, f"{kl:.4f} of {cfg.kl_budget} nats/token"),
-        ("entropy kept", on_task >= 0.3 and on_anchors >= 0.8, f"x{on_task:.2f} on the task (at "
-                         f"least 0.3), x{on_anchors:.2f} on anchors (at least 0.8)")]
+        "general benchmark kept": (now - was >= -0.02, f"{was:.3f} -> {now:.3f}, may fall by 0.02"),
+        "KL within budget": (kl <= cfg.kl_budget, f"{kl:.4f} of {cfg.kl_budget} nats/token"),
+        "entropy kept": (on_task >= 0.3 and on_anchors >= 0.8, f"x{on_task:.2f} on the task (at "
+                         f"least 0.3), x{on_anchors:.2f} on anchors (at least 0.8)")}
     edits = old.get("excess_edit"), new.get("excess_edit")
     if None not in edits:  # not so where nothing passes, or where nothing is edited
-        found += [("extra edits not up", edits[1] <= edits[0], "{:.4f} -> {:.4f}".format(*edits))]
-    return {"improved": all(holds for _, holds, _ in found),
-            "conditions": {name: {"holds": bool(holds), "numbers": numbers}
-                           for name, holds, numbers in found}}
+        found["extra edits not up"] = edits[1] <= edits[0], "{:.4f} -> {:.4f}".format(*edits)
+    return {"improved": all(holds for holds, _ in found.values()), "conditions": {
+        name: {"holds": bool(holds), "numbers": text} for name, (holds, text) in found.items()}}
 
 
-# The run folder: config, metrics, samples, checkpoint, adapter, report; and the log ==========
+# A whole run, its folder, and what the terminal shows of it ==================================
 
 @contextlib.contextmanager
 def reading(path: Path | str, advice: str):
@@ -1317,9 +1276,11 @@ def reading(path: Path | str, advice: str):
         raise RunError(f"{path} cannot be used ({why}): {advice}") from None
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """The old file or the new one, never half of it, even if the disk is full."""
+def write_atomic(path: Path, value) -> None:
+    """Bytes, or else JSON: the old file or the new one, never half of it, if the disk is full."""
+    data = value if isinstance(value, bytes) else (json.dumps(value, indent=2) + "\n").encode()
     aside = path.with_suffix(".new")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(aside, "wb") as file:
             file.write(data)
@@ -1328,11 +1289,6 @@ def write_atomic(path: Path, data: bytes) -> None:
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value) -> None:
-    """Indented JSON, written atomically."""
-    write_atomic(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def read_json(path: Path):
@@ -1349,7 +1305,6 @@ def save_checkpoint(folder: Path, policy: Policy, state: State) -> None:
                 "optimizer": state.optimizer.state_dict(), "reference": policy.reference,
                 "adapters": {name: w for name, w in weights.items() if ".lora_" in name},
                 "sizes": {p.name: p.stat().st_size for p in folder.parent.glob("*.jsonl")}}, buffer)
-    folder.mkdir(exist_ok=True)
     write_atomic(folder / "state.pt", buffer.getvalue())
 
 
@@ -1405,8 +1360,6 @@ def log_step(out: Path, metrics: dict, samples: list[dict], seconds: float) -> N
     print("".join(f"{shown.get(name, ''):>8}" for name in names), flush=True)
 
 
-# A whole run, and what the terminal shows of it ==============================================
-
 def examples_at(task: tasks.Task, step: int, cfg: Config) -> list[tasks.Example]:
     """The P examples of a step: every epoch is a new shuffle, known from the seed alone."""
     size = len(task.train)
@@ -1418,13 +1371,11 @@ def examples_at(task: tasks.Task, step: int, cfg: Config) -> list[tasks.Example]
 
 def environment(policy: Policy) -> dict:
     """What a result depends on besides the code, and what of the model is trained."""
-    import transformers
     model, beyond = policy.model, Counter()  # experts, convolutions: matrices without LoRA
     reached = {id(p) for layer in lora_layers(model).values() for p in layer.parameters()}
     for module in model.base_model.modules():
-        if not isinstance(module, nn.Embedding):
-            beyond[type(module).__name__] += sum(p.numel() for p in module.parameters(recurse=False)
-                                                 if p.dim() > 1 and id(p) not in reached)
+        for p in module.parameters(recurse=False) if not isinstance(module, nn.Embedding) else ():
+            beyond[type(module).__name__] += p.numel() * (p.dim() > 1 and id(p) not in reached)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     packed = sum(2 * m.packed.numel() for m in model.modules() if isinstance(m, NF4Linear))
     return {"python": sys.version.split()[0], "torch": torch.__version__,
@@ -1437,15 +1388,16 @@ def environment(policy: Policy) -> dict:
 
 def start(policy: Policy, task: tasks.Task, state: State, out: Path, cfg: Config) -> None:
     """Begin a run: Step 1 if the format needs it, the scores of the base, checkpoint 0."""
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        (out / name).write_bytes(b"")
-    given, rate = policy.reference, look(policy, task, cfg)["eval_format"]
-    if over_ranks(rate) / over_ranks(1) < cfg.format_threshold:
+    given, seen = policy.reference, look(policy, task, cfg)
+    (out / "samples.jsonl").write_bytes(b"")
+    (out / "metrics.jsonl").write_text(json.dumps({"step": 0, **seen}) + "\n", "utf-8")
+    if over_ranks(rate := seen["eval_format"]) / over_ranks(1) < cfg.format_threshold:
         print(f"Step 1: {rate:.0%} of the answers are well-formed: format SFT first", flush=True)
         train_format(policy, task, cfg)
         print(f"Step 1: now {look(policy, task, cfg)['eval_format']:.0%} are")
-    print("Evaluating the base ...", flush=True)
-    state.before = evaluate(policy, task, given, cfg)
+    if cfg.tested:
+        print("Evaluating the base ...", flush=True)
+        state.before = evaluate(policy, task, given, cfg)
     save_checkpoint(out / "checkpoint", policy, state)
 
 
@@ -1453,19 +1405,16 @@ def run(cfg: Config, resuming: bool, task: tasks.Task) -> dict:
     """One whole run, or one evaluation, in the folder `cfg.out`; its report. Raises RunError."""
     started, out = time.perf_counter(), Path(cfg.out)
     policy, task = load(cfg, task)
-    state = None if cfg.eval_only else State(
-        adapter_optimizer(policy.model, "policy", cfg.lr), cfg.kl_coef)
-    facts = environment(policy)
+    optimizer = None if cfg.eval_only else adapter_optimizer(policy.model, "policy", cfg.lr)
+    state, facts = State(optimizer, cfg.kl_coef), environment(policy)
     print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
-    saved = out / "checkpoint" / "state.pt"
-    if resumed := resuming and saved.exists():
-        load_checkpoint(saved.parent, policy, state, cfg)
-    out.mkdir(parents=True, exist_ok=True)
+    if resumed := resuming and (out / "checkpoint" / "state.pt").exists():
+        load_checkpoint(out / "checkpoint", policy, state, cfg)
     (out / "report.json").unlink(missing_ok=True)
-    write_json(out / "config.json", asdict(cfg))
+    write_atomic(out / "config.json", asdict(cfg))
     if cfg.eval_only:
         report = {"scores": evaluate(policy, task, policy.reference, cfg)}
-        print_table({name: [flat(scores)] for name, scores in report.items()})
+        print_table({"scores": {k: f"{np.mean(x):.3f}" for k, x in flat(report["scores"]).items()}})
     else:
         if not resumed:
             start(policy, task, state, out, cfg)
@@ -1481,42 +1430,45 @@ def run(cfg: Config, resuming: bool, task: tasks.Task) -> dict:
                 signal.signal(number, handler)
         report = finish(policy, task, state.before, cfg)
     report |= {"seconds": time.perf_counter() - started, "environment": facts}
-    write_json(out / "report.json", report)
+    write_atomic(out / "report.json", report)
     return report
 
 
 def finish(policy: Policy, task: tasks.Task, before: dict, cfg: Config) -> dict:
     """Score and export the student; print what was learnt, and the verdict."""
+    export_adapter(Path(cfg.out, "adapter"), policy)
+    if not cfg.tested:
+        return {}
     print("Evaluating the student ...", flush=True)
     after = {**before, **evaluate(policy, task, policy.student, cfg)}  # the teacher is as before
-    export_adapter(Path(cfg.out, "adapter"), policy)
     tasks.show_learnt(before["in_domain"], after["in_domain"], task.evals["in_domain"])
-    print_table({"before": [flat(before)], "after": [flat(after)]})
+    print_table({name: {row: f"{np.mean(x):.3f}" for row, x in flat(scores).items()}
+                 for name, scores in (("before", before), ("after", after))})
     verdict = judge_run(before, after, cfg)
     print(f"\nVerdict: {'' if verdict['improved'] else 'NOT '}IMPROVED")
     for name, condition in verdict["conditions"].items():
         print(f"  {'yes' if condition['holds'] else 'NO ':4}{name}: {condition['numbers']}")
-    return {"before": before, "after": after, "verdict": verdict,
-            "validation": look(policy, task, cfg)}
+    return {"before": before, "after": after, "verdict": verdict}
 
 
-def flat(scores: dict) -> dict[str, float]:
-    """Scores as "in_domain pass@1": number; lists are left out."""
-    parts = {name: part if isinstance(part, dict) else {"": part} for name, part in scores.items()}
-    return {f"{name} {key}".rstrip(): value for name, part in parts.items()
-            for key, value in part.items() if isinstance(value, float)}
+def flat(scores: dict, rows: tuple = ()) -> dict[str, list[float]]:
+    """Scores as "in_domain pass@1": one number, or one for each problem where that is known."""
+    found = {}
+    for name, part in scores.items():
+        part = part if isinstance(part, dict) else {"": part}
+        passes = part.get("passes", {})
+        passes = {"pass@1": passes} if isinstance(passes, list) else passes
+        found |= {f"{name} {key}".rstrip(): passes.get(key) or [value]
+                  for key, value in part.items() if isinstance(value, float)}
+    return {row: found[row] for row in rows or found if row in found}
 
 
-def print_table(columns: dict[str, list[dict]]) -> None:
-    """A row for each score, a column for each variant: mean and deviation over its runs."""
-    print("\n" + " " * 28 + "".join(f"{name:>15}" for name in columns))
-    for row in dict.fromkeys(row for runs in columns.values() for run in runs for row in run):
-        line = f"{row:28}"
-        for runs in columns.values():
-            values = [run[row] for run in runs if run.get(row) is not None]
-            spread = f" ±{np.std(values):.3f}" if len(values) > 1 else ""
-            line += f"{f'{np.mean(values):.3f}{spread}' if values else '-':>15}"
-        print(line)
+def print_table(columns: dict[str, dict[str, str]], title: str = "") -> None:
+    """A row for each score, a column for each variant; four columns beside each other."""
+    for some in (list(columns)[i:i + 4] for i in range(0, len(columns), 4)):
+        print(f"\n{title:28}" + "".join(f"{name:>24}" for name in some))
+        for row in dict.fromkeys(row for cells in columns.values() for row in cells):
+            print(f"{row:28}" + "".join(f"{columns[name].get(row, '-'):>24}" for name in some))
 
 
 # --compare and --ablations: run after run from one base, and one table =======================
@@ -1530,39 +1482,93 @@ def run_or_load(cfg: Config, task: tasks.Task) -> dict:
     return run(cfg, begun, task)
 
 
-def variants_of(cfg: Config) -> dict[str, Config]:
-    """The methods at several learning rates; or VC-OPD with one choice changed at a time."""
-    base = replace(cfg, compare=False, ablations=False, seeds=Config.seeds)
+WRONG, STYLED = {"task": "codeedit-wrong-hints"}, {"task": "codeedit-style"}
+ONE, TWO, OPEN = {"teacher_coef": 1.0}, {"teacher_coef": 2.0}, {"gate": "none"}
+OPD, SFT = ({"method": name, **METHODS[name]} for name in ("opd", "sft"))
+ABLATIONS = {  # what is changed; in the last ones what is learnt from, or by whom
+    "vcopd": {}, "no replay": {"replay_share": 0.0}, "lambda 0": {"teacher_coef": 0.0},
+    "lambda 1": ONE, "lambda 2": TWO, "no gate": OPEN, "lambda 1, no gate": ONE | OPEN,
+    "lambda 2, no gate": TWO | OPEN, "wrong hints": WRONG, "wrong hints, opd": WRONG | OPD,
+    "wrong hints, lambda 2": WRONG | TWO, "wrong hints, lambda 2, no gate": WRONG | TWO | OPEN,
+    "style": STYLED, "style, opd": STYLED | OPD, "style, no clip": STYLED | {"gap_clip": 1e9},
+    "far sft": {"task": "codeedit-far", **SFT}, "own sft": {"task": "codeedit-own", **SFT},
+    "taught by far sft": {"task": "codeedit-no-hints", "teacher": "far sft"}}
+
+
+def variants_of(cfg: Config) -> dict[str, list[Config]]:
+    """The methods, each at several learning rates; or VC-OPD with one choice changed at a time."""
+    base = replace(cfg, compare=False, ablations=False, seeds=Config.seeds, tested=False)
     if cfg.compare:
-        return {f"{name} {rate:g}": replace(base, method=name, lr=rate, **fixed)
-                for name, fixed in METHODS.items() for rate in (cfg.lr * f for f in RATES)}
-    changed = {name: replace(base, **change) for name, change in ABLATIONS.items()}
-    return {name: one for name, one in changed.items() if name == "vcopd" or one != base}
+        return {name: [replace(base, method=name, lr=cfg.lr * rate, **fixed) for rate in RATES]
+                for name, fixed in METHODS.items()}
+    return {name: [replace(base, **change)] for name, change in ABLATIONS.items()
+            if change.get("task", cfg.task).startswith(cfg.task)}
 
 
 def compare(cfg: Config) -> None:
-    """Run each variant with every seed; print one table, and save it with the numbers behind."""
-    task, columns, passes = tasks.load_task(cfg), {}, {}
-    for name, variant in variants_of(cfg).items():
-        reports = [run_or_load(replace(variant, seed=seed, out=f"{cfg.out}/{name}-s{seed}"), task)
-                   for seed in range(cfg.seed, cfg.seed + cfg.seeds)]
-        columns.setdefault("base", [flat(reports[0]["before"])])
-        columns[name] = [{**flat(report["after"]), "improved": float(report["verdict"]["improved"]),
-                          **report["validation"], "minutes": report["seconds"] / 60}
-                         for report in reports]
-        passes[name] = np.mean([report["after"]["in_domain"]["passes"] for report in reports], 0)
-    for i in range(0, len(columns), 5):  # as many as a terminal shows
-        print_table(dict(list(columns.items())[i:i + 5]))
-    best = max((name for name in passes if name.startswith("vcopd")),  # on validation problems
-               key=lambda name: mean(run["eval_pass"] for run in columns[name]))
-    print(f"\npass@1 against {best}, mean over seeds, 95 % interval over problems:")
-    changes = {name: paired_bootstrap(passes[best], after) for name, after in passes.items()}
-    for name, (low, high) in changes.items():
-        print(f"  {name:20}[{low:+.3f}, {high:+.3f}]")
-    write_json(Path(cfg.out) / "table.json", {"columns": columns, "pass@1_minus_best": changes})
+    """Train each variant with every seed, test it at the rate that validation chose; one table."""
+    task, seeds = tasks.load_task(cfg), range(cfg.seed, cfg.seed + cfg.seeds)
+    looks, results, rivals, changes = {}, {}, {}, {}  # rivals: the first variant in each world
+    for name, variants in variants_of(cfg).items():
+        world, pupil = variants[0].task, variants[0].teacher in looks  # of another variant
+        task = task if world == task.name else tasks.load_task(variants[0])
+        base = replace(cfg, compare=False, ablations=False, eval_only=True, seed=Config.seed,
+                       seeds=Config.seeds, task=world, out=f"{cfg.out}/base {world}")
+        before = run_or_load(base, task)["scores"]
+        results.setdefault(f"base {world}", [flat(before, COMPARED)])
+        looks[name] = {f"{one.lr:g}": [] for one in variants}
+        for one, seed in product(variants, seeds):
+            out, other = (f"{cfg.out}/{who} {one.lr:g}-s{seed}" for who in (name, one.teacher))
+            run_or_load(replace(one, seed=seed, out=out, teacher=f"{other}/adapter" if pupil
+                                else one.teacher), task)
+            looks[name][f"{one.lr:g}"].append([record for record in read_json(
+                Path(out, "metrics.jsonl")) if "eval_pass" in record])
+        rate = max(looks[name], key=lambda lr: mean(r[-1]["eval_pass"] for r in looks[name][lr]))
+        for seed, runs in zip(seeds, zip(*looks[name].values(), strict=True), strict=True):
+            out = f"{cfg.out}/{name} {rate}-s{seed}"
+            scores = run_or_load(replace(base, model=f"{out}/adapter", out=f"{out}/test",
+                                         teacher="none"), task)["scores"]
+            improved = [float(judge_run(before, scores, cfg)["improved"])]
+            results.setdefault(name, []).append({**flat(scores, COMPARED), "lr": [float(rate)],
+                                                 "improved": improved, **frontier(runs, cfg)})
+        rivals.setdefault(world, name if variants[0].method == "vcopd" else next(iter(looks)))
+        rival = variants[0].teacher if pupil else rivals[world]
+        changes[f"{name} - {rival}"] = differences(results[rival], results[name])
+    means = {name: {row: [np.mean(run[row]) for run in runs if row in run]
+                    for run in runs for row in run} for name, runs in results.items()}
+    print_table({name: {row: f"{np.mean(x):.3f}" + f" ±{np.std(x):.3f}" * (len(x) > 1)
+                        for row, x in rows.items()} for name, rows in means.items()}, "mean ± std")
+    print_table(changes, "difference [95 % interval]")
+    write_atomic(Path(cfg.out) / "table.json", {
+        "results": results, "differences": changes, "looks": looks})
 
 
-# --check, --inspect, --plot and --bench leave no run =======================================
+def frontier(runs: list[list[dict]], cfg: Config) -> dict[str, list[float]]:
+    """Of all looks of one seed: the best within both budgets, the least paid for 0.8 and 0.9."""
+    points = [look | {key.replace("eval", "lost"): run[0][key] - look[key]  # since the base
+                      for key in look if key.startswith("eval_")} for run in runs for look in run]
+    row = {"best within budgets": [max(point["eval_pass"] for point in points if point[
+        "lost_old"] <= 0.02 and point["eval_kl"] <= cfg.kl_budget)]}
+    for goal in (0.8, 0.9):
+        reached = [point for point in points if point["eval_pass"] >= goal]
+        row[f"reaches {goal}"] = [float(bool(reached))]
+        for kind in ("step", "eval_kl", "lost_replayed", "lost_unreplayed", "lost_chance"):
+            if values := [point[kind] for point in reached if kind in point]:
+                row[f"least {kind} at {goal}"] = [float(min(values))]
+    return row
+
+
+def differences(rivals: list[dict], runs: list[dict]) -> dict[str, str]:
+    """Of two variants, in what both have with every seed; intervals over seeds and problems."""
+    cells = {}
+    for row in (row for row in runs[0] if all(row in run for run in (*rivals, *runs))):
+        before, after = ([run[row] for run in some] for some in (rivals, runs))
+        low, high = paired_bootstrap(before, after)
+        cells[row] = f"{np.mean(after) - np.mean(before):+.3f} [{low:+.3f}, {high:+.3f}]"
+    return cells
+
+
+# --check, --inspect, --bench and --plot leave no run; and the program itself =================
 
 def check(cfg: Config, policy: Policy, task: tasks.Task) -> None:
     """Can this be learnt? Lengths of the training data, and what the base makes of some of it."""
@@ -1590,25 +1596,19 @@ def inspect(cfg: Config, policy: Policy, task: tasks.Task) -> None:
     verdicts = verify_all(task.verify, examples, policy.decode(batch))
     reward = torch.tensor([float(v.reward) for v in verdicts], device=policy.device)
     advantage = torch.zeros_like(reward) if cfg.blind else group_advantage(reward, k)
-    answers, rows, sizes = batch.answers(), {}, []
+    answers, rows = batch.answers(), {}  # five numbers for each token of an answer
     for part in score(policy, batch, examples, advantage, cfg):
         table = torch.stack([part.logp_old, part.logp_teacher, part.logp_teacher - part.logp_old,
                              part.gap, dense_advantage(part.advantage, part.gap, cfg)], 2).tolist()
-        for i, row in zip(part.index.tolist(), table, strict=True):
-            example, rows[i] = examples[i // k], list(zip(answers[i], row, strict=False))
-            opposite = example.buggy if verdicts[i].passed else example.reference
-            shared = set(plain_ids(policy.tokenizer, opposite))
-            sizes += [(abs(numbers[2]), token in shared) for token, numbers in rows[i]]
+        rows |= zip(part.index.tolist(), table, strict=True)
     for i in dict.fromkeys((int(advantage.argmax()), int(advantage.argmin()))):
         print(f"\n{examples[i // k].id}: reward {reward[i]:.2f} ({verdicts[i].reason}), "
               f"A {advantage[i]:+.2f}\n{'token':20}  student  teacher       D  clipped   A_dense")
-        for token, numbers in rows[i]:
+        for token, numbers in zip(answers[i], rows[i], strict=False):
             line = "{!r:20}{:9.2f}{:9.2f}{:+8.2f}{:+9.2f}{:+10.3f}".format(
                 policy.tokenizer.decode([token]), *numbers)
             hinted = abs(numbers[2]) > 0.01 and sys.stdout.isatty()  # green up, red down
             print(f"\x1b[{31 + (numbers[2] > 0)}m{line}\x1b[0m" if hinted else line)
-    style = np.average([shared for _, shared in sizes], weights=[size + 1e-9 for size, _ in sizes])
-    print(f"\n{style:.0%} of |D| lies on style: on tokens that the opposite text has, too")
 
 
 def bench(cfg: Config, policy: Policy, task: tasks.Task) -> None:
@@ -1628,28 +1628,29 @@ def plot(folders: list[str]) -> None:
         from matplotlib.figure import Figure  # draws by Agg: pyplot would look for a screen
     except ImportError:
         raise RunError("--plot needs matplotlib: pip install matplotlib") from None
-    figure, image = Figure(figsize=(13, 8), layout="constrained"), io.BytesIO()
-    panels = list(figure.subplots(2, 3).flat)
+    figure, image, lines = Figure((13, 8), layout="constrained"), Path(folders[0], "plot.png"), {}
+    axes = [("step", name) for name in list(COLUMNS)[1:7]]
     for folder in map(Path, folders):
-        with reading(folder, "--plot takes the folder of a run or of a comparison"):
-            if (folder / "table.json").exists():
-                lines = read_json(folder / "table.json")["columns"]
-                axes = [("kl_to_base", "in_domain pass@1"), ("general mean", "in_domain pass@1")]
+        with reading(folder, "--plot takes the folders of runs, or that of one comparison"):
+            if (folder / "table.json").exists():  # what was gained against what was lost, all runs
+                axes = [(f"eval_{x}", "eval_pass") for x in (
+                    "replayed", "unreplayed", "chance", "kl", "kl_from_base")]
+                looks = read_json(folder / "table.json")["looks"]
+                lines |= {name: sum(rates.values(), []) for name, rates in looks.items()}
             else:
-                lines = {str(folder): read_json(folder / "metrics.jsonl")}
-                axes = [("step", name) for name in list(COLUMNS)[1:7]]
-            for (name, records), (panel, (x, y)) in product(lines.items(), list(zip(
-                    panels, axes, strict=False))):
-                points = [(float(r[x]), float(r[y])) for r in records if x in r and y in r]
-                panel.plot(*np.reshape(points, (-1, 2)).T, ".-" if x == "step" else "o", label=name)
-                panel.set(xlabel=x, ylabel=y)
-                panel.legend()
-    figure.savefig(image, format="png", dpi=120)
-    write_atomic(Path(folders[0], "plot.png"), image.getvalue())
-    print(f"The picture is {Path(folders[0], 'plot.png')}")
+                lines[str(folder)] = [read_json(folder / "metrics.jsonl")]
+    panels = list(zip(axes, figure.subplots(2, 3).flat, strict=False))
+    with reading(" ".join(folders), "give whole runs, or delete their metrics.jsonl"):
+        for ((x, y), panel), (i, (name, runs)) in product(panels, enumerate(lines.items())):
+            for n, run in enumerate(runs):  # one label for all runs of a variant
+                points = [(float(r[x]), float(r[y])) for r in run if x in r and y in r]
+                panel.plot(*np.reshape(points, (-1, 2)).T, ".-", color=f"C{i}",
+                           label="" if n else name)
+            panel.set(xlabel=x, ylabel=y)
+            panel.legend()
+    figure.savefig(image, dpi=120)
+    print(f"The picture is {image}")
 
-
-# The program =================================================================================
 
 def run_command(cfg: Config, resuming: bool) -> None:
     """What the command line asks for. Raises RunError and what the user's machine raises."""
@@ -1677,9 +1678,8 @@ def main(cfg: Config, resuming: bool, plotted: list[str] | None = None) -> int:
         plot(plotted) if plotted else run_command(cfg, resuming)
         return 0
     except KeyboardInterrupt:
-        begun = Path(cfg.out, "config.json").exists()
-        print("\nInterrupted. To go on:", f"python vcopd.py --resume {cfg.out}" if begun else
-              "give the same command again")
+        print("\nInterrupted. To go on:", f"python vcopd.py --resume {cfg.out}" if Path(
+            cfg.out, "config.json").exists() else "give the same command again")
         return 130
     except Exception as error:
         why, text = error if isinstance(error, RunError) else "", str(error).lower()
