@@ -9,8 +9,8 @@ A language model learns a new skill from its own samples and forgets little: a v
 good they are, and a teacher hints at tokens inside that verdict, by lambda * clip (0.1) at most.
 The source is an essay by Marvin B. Freedman (2026); lines marked `differs:` depart from it.
 
-    python vcopd.py --task codeedit              # 4 minutes on 2 cores the first time, then 2
-    python vcopd.py --task arithmetic            # 2 minutes the first time, then 1
+    python vcopd.py --task codeedit              # 5 minutes on 2 cores the first time, then 2
+    python vcopd.py --task arithmetic            # 3 minutes the first time, then 1
     python vcopd.py --task codeedit --method rl  # the same loop without a teacher
 
 Start reading at `train`, the first function of Part I: it repeats the essay's Steps 2 to 6.
