@@ -832,10 +832,10 @@ def edit_document(style: float, rng: random.Random) -> tuple[str, str]:
 
 def over_edited(source: str, rng: random.Random) -> str:
     """The same function with a guard that nobody asked for, and up to two more such changes."""
-    words = set(re.findall(r"(?<!')\b\w+", re.sub('""".*"""', "", source)))
-    renamed = [re.sub(rf"(?<!')\b{old}\b", new, source) for pool in NAMES.values() for old in pool
-               if old in words for new in pool if new not in words]
     if rng.random() < 0.3:  # but pretraining must not spell out a test program
+        words = set(re.findall(r"(?<!')\b\w+", re.sub('""".*"""', "", source)))
+        renamed = [re.sub(rf"(?<!')\b{old}\b", new, source) for pool in NAMES.values()
+                   for old in pool if old in words for new in pool if new not in words]
         source = rng.choice([text for text in renamed if part_of(text) in TRAIN] or [source])
     source = re.sub(r'(?s)(\((\w+).*"""\n)', r"\1    if \2 is None:\n        return None\n", source)
     if rng.random() < 0.3:

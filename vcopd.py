@@ -1154,25 +1154,24 @@ def mean(values) -> float:
 
 
 def answer(policy: Policy, role: Role, examples: list, k: int, temperature: float, cfg: Config,
-           verify) -> tuple[list[Batch], list[str], list[tasks.Verdict]]:
-    """K answers to each example, example-major: as batches of ids, as texts, and their verdicts."""
+           verify=None) -> tuple[list[Batch], list[str], list[tasks.Verdict]]:
+    """K answers to each example, example-major: as batches, as texts, and verdicts if asked for."""
     cfg, size = replace(cfg, temperature=temperature, top_p=1.0), max(1, 256 // k)
     batches = [sample(policy, role, [policy.encode(e.prompt) for e in examples[i:i + size]], k, cfg,
                       seeded("evaluation", i)) for i in range(0, len(examples), size)]
     texts = [text for batch in batches for text in policy.decode(batch)]
-    return batches, texts, verify_all(verify, examples, texts)
+    return batches, texts, verify_all(verify, examples, texts) if verify else []
 
 
 def look(policy: Policy, task: tasks.Task, cfg: Config) -> dict[str, float]:
     """The student on a few validation problems: what steers a run sees no problem of the report."""
     new, old = task.validation[0][:min(LOOK, cfg.eval_problems)], task.validation[1]
     found = answer(policy, policy.student, new, 1, 0.0, cfg, task.verify)[2]
-    scores = {"pass": mean(v.passed for v in found), "reward": mean(v.reward for v in found),
-              "format": mean(v.formatted for v in found)}
     kept = old_skills(policy, policy.student, task, old, cfg)
-    scores |= {kind: kept[kind] for kind in OLD if kind in kept}
+    scores = {"pass": mean(v.passed for v in found), "reward": mean(v.reward for v in found),
+              "format": mean(v.formatted for v in found), **{k: kept[k] for k in OLD if k in kept}}
     for name, p, q in (("kl", policy.student, BASE), ("kl_from_base", BASE, policy.student)):
-        batches = answer(policy, p, new[:LOOK // 3], 1, 1.0, cfg, task.verify)[0]
+        batches = answer(policy, p, new[:LOOK // 3], 1, 1.0, cfg)[0]
         scores[name], _ = kl_and_entropy(policy, p, q, batches, cfg)
     return {f"eval_{name}": score for name, score in scores.items()}
 
@@ -1220,8 +1219,8 @@ def evaluate(policy: Policy, task: tasks.Task, role: Role, cfg: Config) -> dict:
             **edits, "passes": [int(v.passed) for v in greedy], "answers": texts}
     visited = samples["in_domain"]
     scores["general"] = old_skills(policy, role, task, task.benchmark, cfg)
-    from_base = answer(policy, BASE, problems, 1, 1.0, cfg, task.verify)[0]
-    anchors = answer(policy, role, task.anchors, 1, 1.0, cfg, tasks.verify_skill)[0]
+    from_base = answer(policy, BASE, problems, 1, 1.0, cfg)[0]
+    anchors = answer(policy, role, task.anchors, 1, 1.0, cfg)[0]
     scores["kl_to_base"], scores["entropy"] = kl_and_entropy(policy, role, BASE, visited, cfg)
     scores["kl_from_base"], _ = kl_and_entropy(policy, BASE, role, from_base, cfg)
     scores["kl_to_reference"], _ = kl_and_entropy(policy, role, policy.reference, visited, cfg)
@@ -1502,7 +1501,7 @@ def variants_of(cfg: Config) -> dict[str, list[Config]]:
         return {name: [replace(base, method=name, lr=cfg.lr * rate, **fixed) for rate in RATES]
                 for name, fixed in METHODS.items()}
     return {name: [replace(base, **change)] for name, change in ABLATIONS.items()
-            if change.get("task", cfg.task).startswith(cfg.task)}
+            if "task" not in change or change["task"].startswith(cfg.task) and not cfg.data}
 
 
 def compare(cfg: Config) -> None:
@@ -1520,7 +1519,7 @@ def compare(cfg: Config) -> None:
         for one, seed in product(variants, seeds):
             out, other = (f"{cfg.out}/{who} {one.lr:g}-s{seed}" for who in (name, one.teacher))
             run_or_load(replace(one, seed=seed, out=out, teacher=f"{other}/adapter" if pupil
-                                else one.teacher), task)
+                                else one.teacher, eval_every=min(one.eval_every, one.steps)), task)
             looks[name][f"{one.lr:g}"].append([record for record in read_json(
                 Path(out, "metrics.jsonl")) if "eval_pass" in record])
         rate = max(looks[name], key=lambda lr: mean(r[-1]["eval_pass"] for r in looks[name][lr]))
@@ -1533,7 +1532,8 @@ def compare(cfg: Config) -> None:
                                                  "improved": improved, **frontier(runs, cfg)})
         rivals.setdefault(world, name if variants[0].method == "vcopd" else next(iter(looks)))
         rival = variants[0].teacher if pupil else rivals[world]
-        changes[f"{name} - {rival}"] = differences(results[rival], results[name])
+        if name != rival:
+            changes[f"{name} - {rival}"] = differences(results[rival], results[name])
     means = {name: {row: [np.mean(run[row]) for run in runs if row in run]
                     for run in runs for row in run} for name, runs in results.items()}
     print_table({name: {row: f"{np.mean(x):.3f}" + f" ±{np.std(x):.3f}" * (len(x) > 1)
