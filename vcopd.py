@@ -434,7 +434,7 @@ class Experience:
     advantage: Tensor  # (b,)
     logp_old: Tensor  # (b, T)
     gap: Tensor  # (b, T)
-    logp_teacher: Tensor | None = None  # (b, T), None without a teacher
+    logp_teacher: Tensor | None = None  # (b, T); logp_old, a gap of 0, where nobody hints
 
 
 @torch.no_grad()
@@ -444,9 +444,9 @@ def score(policy: Policy, batch: Batch, examples: list[tasks.Example], advantage
     P `examples`, `advantage` (B,). The teacher reads the hint before the same ids."""
     parts, k = [], len(advantage) // len(examples)
     for index in micro_batches(policy, batch, cfg.micro_tokens):
-        some, logp_teacher = batch.rows(index), None
+        some = batch.rows(index)
         hidden_ref = completion_hidden(policy, policy.reference, some)
-        logp_old = log_probs(policy, policy.student, some, cfg.temperature)
+        logp_teacher = logp_old = log_probs(policy, policy.student, some, cfg.temperature)
         if has_teacher(cfg):
             teacher, role = policy.teacher
             hinted = [tasks.privileged_prompt(examples[i // k]) for i in index.tolist()]
@@ -483,10 +483,8 @@ def token_logps(model: nn.Module, temperature: float, ids: Tensor, hidden: Tenso
     return F.log_softmax(logits, -1).gather(-1, ids[:, None])[:, 0]
 
 
-def teacher_gap(logp_teacher: Tensor | None, logp_old: Tensor, clip: float) -> Tensor:
+def teacher_gap(logp_teacher: Tensor, logp_old: Tensor, clip: float) -> Tensor:
     """How much more the teacher likes each sampled token, clipped: (B, T). Carries no gradient."""
-    if logp_teacher is None:  # without a teacher
-        return torch.zeros_like(logp_old)
     return (logp_teacher - logp_old).clamp(-clip, clip).detach()  # Eq. 3
 
 
@@ -657,7 +655,7 @@ def adapter_optimizer(model: nn.Module, name: str, lr: float) -> torch.optim.Opt
                              for weights in (layer.lora_A, layer.lora_B)], lr=lr)
 
 
-# Reading, drawing and scoring tokens =========================================================
+# Reading, drawing and scoring tokens; imitation, the optimiser's step and what is reported ====
 
 def read_tokens(policy: Policy, ids: Tensor, seen: Tensor, cache=None) -> tuple:
     """Last hidden state (B, D) of ids (B, L), and cache. `seen`, of both, is False on padding."""
@@ -752,8 +750,6 @@ def on_tokens(policy: Policy, terms, temperature: float, batch: Batch, *hidden: 
     out = flat.new_zeros(*flat.shape[:-1], *batch.mask.shape)
     return out.masked_scatter(batch.mask.expand_as(out), flat)
 
-
-# Imitation, the step of the optimiser, and what a training step reports ======================
 
 def solution_batch(policy: Policy, examples: list[tasks.Example]) -> Batch:
     """Reference answers, each ending in the stop token, as a batch to imitate."""
@@ -916,9 +912,7 @@ def read_config(arguments: list[str]) -> tuple[Config, bool]:
     return replace(cfg, out=cfg.out or f"runs/{cfg.task}-{kind}"), False
 
 
-# PART III - RUNNING IT: models, evaluation, run folder, commands ##############################
-
-# The built-in model: a small Llama that is pretrained on the spot ============================
+# PART III - RUNNING IT: the built-in model, real ones, evaluation, run folder, commands ########
 
 RECIPE = {"vocab": 768, "documents": 12000, "steps": 700, "batch_tokens": 3200, "lr": 3e-3,
           "seed": 1}
@@ -967,7 +961,7 @@ def train_tokenizer(texts: list[str], vocab: int):
 def pretrain(documents: list[tuple[str, str]], recipe: dict) -> Policy:
     """A small Llama, trained on the answers only: at this size, else copying never emerges."""
     tokenizer = train_tokenizer([text for pair in documents for text in pair], recipe["vocab"])
-    end = tokenizer.eos_token_id
+    end, rng = tokenizer.eos_token_id, random.Random(recipe["seed"])
     torch.manual_seed(recipe["seed"])
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         **SHAPE, vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=end, pad_token_id=end))
@@ -976,7 +970,6 @@ def pretrain(documents: list[tuple[str, str]], recipe: dict) -> Policy:
     tokens = sum(map(len, corpus.contexts)) + int(corpus.mask.sum())
     size = recipe["batch_tokens"] * len(documents) // tokens  # rows of a batch
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
-    rng = random.Random(recipe["seed"])
     for step in progress(range(recipe["steps"]), "building tiny"):
         schedule = min(1, (step + 1) / 50) * (0.05 + 0.95 * (1 - step / recipe["steps"]))
         optimizer.param_groups[0]["lr"] = recipe["lr"] * schedule
@@ -1217,9 +1210,8 @@ def evaluate(policy: Policy, task: tasks.Task, role: Role, cfg: Config) -> dict:
             "pass@1": mean(v.passed for v in greedy), "pass@k": mean(groups),
             "reward": mean(v.reward for v in found), "format": mean(v.formatted for v in found),
             **edits, "passes": [int(v.passed) for v in greedy], "answers": texts}
-    visited = samples["in_domain"]
     scores["general"] = old_skills(policy, role, task, task.benchmark, cfg)
-    from_base = answer(policy, BASE, problems, 1, 1.0, cfg)[0]
+    visited, from_base = samples["in_domain"], answer(policy, BASE, problems, 1, 1.0, cfg)[0]
     anchors = answer(policy, role, task.anchors, 1, 1.0, cfg)[0]
     scores["kl_to_base"], scores["entropy"] = kl_and_entropy(policy, role, BASE, visited, cfg)
     scores["kl_from_base"], _ = kl_and_entropy(policy, BASE, role, from_base, cfg)
@@ -1346,9 +1338,9 @@ def ask_to_stop(state: State, *signal_and_frame) -> None:
 
 
 def log_step(out: Path, metrics: dict, samples: list[dict], seconds: float) -> None:
-    """Append to metrics.jsonl and samples.jsonl, and print what the method has of COLUMNS."""
+    """Append to metrics.jsonl and samples.jsonl (step 0 begins them); print what is of COLUMNS."""
     for name, records in (("metrics.jsonl", [metrics]), ("samples.jsonl", samples)):
-        with open(out / name, "a", encoding="utf-8") as file:
+        with open(out / name, "a" if metrics["step"] else "w", encoding="utf-8") as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
             file.flush()
             os.fsync(file.fileno())  # before a checkpoint can say that the step was taken
@@ -1361,8 +1353,7 @@ def log_step(out: Path, metrics: dict, samples: list[dict], seconds: float) -> N
 
 def examples_at(task: tasks.Task, step: int, cfg: Config) -> list[tasks.Example]:
     """The P examples of a step: every epoch is a new shuffle, known from the seed alone."""
-    size = len(task.train)
-    places = range(step * cfg.prompts, (step + 1) * cfg.prompts)
+    size, places = len(task.train), range(step * cfg.prompts, (step + 1) * cfg.prompts)
     orders = {e: torch.randperm(size, generator=seeded("data", cfg.seed, e)).tolist()
               for e in {place // size for place in places}}
     return [task.train[orders[place // size][place % size]] for place in places]
@@ -1370,30 +1361,27 @@ def examples_at(task: tasks.Task, step: int, cfg: Config) -> list[tasks.Example]
 
 def environment(policy: Policy) -> dict:
     """What a result depends on besides the code, and what of the model is trained."""
-    model, beyond = policy.model, Counter()  # experts, convolutions: matrices without LoRA
+    model, weights, beyond = policy.model, list(policy.model.parameters()), Counter()
     reached = {id(p) for layer in lora_layers(model).values() for p in layer.parameters()}
-    for module in model.base_model.modules():
+    for module in model.base_model.modules():  # experts, convolutions: matrices without LoRA
         for p in module.parameters(recurse=False) if not isinstance(module, nn.Embedding) else ():
             beyond[type(module).__name__] += p.numel() * (p.dim() > 1 and id(p) not in reached)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     packed = sum(2 * m.packed.numel() for m in model.modules() if isinstance(m, NF4Linear))
     return {"python": sys.version.split()[0], "torch": torch.__version__,
             "transformers": transformers.__version__, "device": str(policy.device),
             "dtype": str(model.dtype), "threads": torch.get_num_threads(),
-            "trained_parameters": trained,
-            "frozen_parameters": sum(p.numel() for p in model.parameters()) - trained + packed,
+            "trained_parameters": sum(p.numel() for p in weights if p.requires_grad),
+            "frozen_parameters": packed + sum(p.numel() for p in weights if not p.requires_grad),
             "out_of_reach_of_lora": dict(+beyond), "judge": tasks.judge_layers()}
 
 
 def start(policy: Policy, task: tasks.Task, state: State, out: Path, cfg: Config) -> None:
     """Begin a run: Step 1 if the format needs it, the scores of the base, checkpoint 0."""
     given, seen = policy.reference, look(policy, task, cfg)
-    (out / "samples.jsonl").write_bytes(b"")
-    (out / "metrics.jsonl").write_text(json.dumps({"step": 0, **seen}) + "\n", "utf-8")
+    log_step(out, {"step": 0, **seen}, [], 0.0)
     if over_ranks(rate := seen["eval_format"]) / over_ranks(1) < cfg.format_threshold:
         print(f"Step 1: {rate:.0%} of the answers are well-formed: format SFT first", flush=True)
         train_format(policy, task, cfg)
-        print(f"Step 1: now {look(policy, task, cfg)['eval_format']:.0%} are")
     if cfg.tested:
         print("Evaluating the base ...", flush=True)
         state.before = evaluate(policy, task, given, cfg)
@@ -1532,8 +1520,8 @@ def compare(cfg: Config) -> None:
                                                  "improved": improved, **frontier(runs, cfg)})
         rivals.setdefault(world, name if variants[0].method == "vcopd" else next(iter(looks)))
         rival = variants[0].teacher if pupil else rivals[world]
-        if name != rival:
-            changes[f"{name} - {rival}"] = differences(results[rival], results[name])
+        rival = rival if rival != name else f"base {world}"
+        changes[f"{name} - {rival}"] = differences(results[rival], results[name])
     means = {name: {row: [np.mean(run[row]) for run in runs if row in run]
                     for run in runs for row in run} for name, runs in results.items()}
     print_table({name: {row: f"{np.mean(x):.3f}" + f" ±{np.std(x):.3f}" * (len(x) > 1)
@@ -1623,33 +1611,44 @@ def bench(cfg: Config, policy: Policy, task: tasks.Task) -> None:
 
 
 def plot(folders: list[str]) -> None:
-    """Draw runs over their steps, or what comparisons trade, in plot.png of the first folder."""
-    try:
+    """Draw runs over their steps, or what a comparison trades, in plot.png of the first folder."""
+    with reading("--plot", "pip install matplotlib"):
         from matplotlib.figure import Figure  # draws by Agg: pyplot would look for a screen
-    except ImportError:
-        raise RunError("--plot needs matplotlib: pip install matplotlib") from None
-    figure, image, lines = Figure((13, 8), layout="constrained"), Path(folders[0], "plot.png"), {}
-    axes = [("step", name) for name in list(COLUMNS)[1:7]]
-    for folder in map(Path, folders):
-        with reading(folder, "--plot takes the folders of runs, or that of one comparison"):
-            if (folder / "table.json").exists():  # what was gained against what was lost, all runs
-                axes = [(f"eval_{x}", "eval_pass") for x in (
-                    "replayed", "unreplayed", "chance", "kl", "kl_from_base")]
-                looks = read_json(folder / "table.json")["looks"]
-                lines |= {name: sum(rates.values(), []) for name, rates in looks.items()}
-            else:
-                lines[str(folder)] = [read_json(folder / "metrics.jsonl")]
-    panels = list(zip(axes, figure.subplots(2, 3).flat, strict=False))
-    with reading(" ".join(folders), "give whole runs, or delete their metrics.jsonl"):
-        for ((x, y), panel), (i, (name, runs)) in product(panels, enumerate(lines.items())):
-            for n, run in enumerate(runs):  # one label for all runs of a variant
-                points = [(float(r[x]), float(r[y])) for r in run if x in r and y in r]
-                panel.plot(*np.reshape(points, (-1, 2)).T, ".-", color=f"C{i}",
-                           label="" if n else name)
-            panel.set(xlabel=x, ylabel=y)
-            panel.legend()
+    figure, image = Figure((14, 8), layout="constrained"), Path(folders[0], "plot.png")
+    panels, table = list(figure.subplots(2, 3).flat), Path(folders[0], "table.json")
+    with reading(" ".join(folders), "--plot takes the folders of runs, or that of one comparison"):
+        if table.exists():
+            draw_frontiers(panels, read_json(table)["looks"])
+        for folder in folders if not table.exists() else ():
+            run = read_json(Path(folder, "metrics.jsonl"))
+            for panel, key in zip(panels, list(COLUMNS)[1:7], strict=True):
+                points = [(float(r["step"]), float(r[key])) for r in run if key in r]
+                panel.plot(*np.reshape(points, (-1, 2)).T, ".-", label=folder)
+                panel.set(xlabel="step", ylabel=key)
+                panel.legend()
     figure.savefig(image, dpi=120)
     print(f"The picture is {image}")
+
+
+def draw_frontiers(panels: list, looks: dict) -> None:
+    """Each look of each rate, the mean over seeds, is a point: what is gained against what is lost
+    since the base. Lines: the best for at most that loss; in the last panel, steps at one rate."""
+    keys = (*OLD[1:], "kl", "kl_from_base", "pass")
+    for i, (name, rates) in enumerate(looks.items()):
+        runs = [np.array([[[float(look.get(f"eval_{key}", 0)) for key in keys] for look in run]
+                          for run in seeds]) for seeds in rates.values()]  # (seeds, looks, keys)
+        points = np.concatenate([run.mean(0) for run in runs])
+        points[:, :3] = points[0, :3] - points[:, :3]  # a loss, as KL is
+        for panel, key, x in zip(panels, keys[:-1], points.T, strict=False):
+            panel.plot(x, points[:, -1], ".", color=f"C{i}", alpha=0.3)
+            panel.step(np.sort(x), np.maximum.accumulate(points[np.argsort(x), -1]), where="post",
+                       color=f"C{i}", label=name)
+            panel.set(xlabel=f"{key}, nats per token" if "kl" in key else f"{key}, lost",
+                      ylabel="new skill", xlim=(-0.01, 0.15), ylim=(points[0, -1] - 0.05, 1))
+        best = max(runs, key=lambda run: run[:, -1, -1].mean())[:, :, -1]  # (seeds, looks)
+        panels[5].errorbar(range(len(best[0])), best.mean(0), best.std(0), label=name)
+        panels[5].set(xlabel="looks on the way, at the best rate, ± std over seeds")
+    panels[5].legend()
 
 
 def run_command(cfg: Config, resuming: bool) -> None:
