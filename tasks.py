@@ -540,59 +540,39 @@ def changed(node: ast.AST, **fields) -> ast.AST:
     return type(node)(**{**vars(node), **fields})
 
 
-def expression_bugs(node: ast.AST, names: list[str]) -> Iterator[tuple[str, ast.AST]]:
-    """What could be wrong with an expression: (bug operator, changed copy of the node) pairs."""
+def expression_bugs(node: ast.AST, names: list[str]) -> Iterator[tuple[str, ast.AST, ast.AST]]:
+    """What could be wrong in an expression: (bug operator, part of it, what that could be)."""
     match node:
         case ast.Name(name, ast.Load()) if name in names:
-            yield from (("identifier", changed(node, id=one)) for one in names if one != name)
+            yield from (("identifier", node, ast.Name(one)) for one in names if one != name)
         case ast.Constant(bool(value)):
-            yield "boolean", changed(node, value=not value)
+            yield "boolean", node, ast.Constant(not value)
         case ast.Constant(int(value)):
-            yield from (("constant", changed(node, value=value + step)) for step in (-1, 1))
+            yield from (("constant", node, ast.Constant(value + step)) for step in (-1, 1))
         case ast.Compare(left, [op], [right]):
-            yield "comparison", changed(node, ops=[FLIPPED[type(op)]()])
-            yield "condition", ast.UnaryOp(ast.Not(), node)
-            yield from (("operand", changed(node, comparators=[ast.Name(name)]))
-                        for name in names if not isinstance(right, ast.Name))
-            yield "swapped_operands", changed(node, left=right, comparators=[left])
+            yield "comparison", node, changed(node, ops=[FLIPPED[type(op)]()])
+            yield "condition", node, ast.UnaryOp(ast.Not(), node)
+            yield "swapped_operands", node, changed(node, left=right, comparators=[left])
         case ast.BinOp(left, op, right):
-            yield "operator", changed(node, op=FLIPPED[type(op)]())
-            yield from (("operand", changed(node, right=ast.Name(name)))
-                        for name in names if not isinstance(right, ast.Name))
-            yield "swapped_operands", changed(node, left=right, right=left)
-        case ast.Subscript(_, ast.Slice(lower, upper)):
-            yield "slice", changed(node, slice=ast.Slice(upper, lower))
-        case ast.Subscript(_, ast.UnaryOp() | ast.Constant()):
-            yield from (("index", changed(node, slice=ast.Constant(new)))
-                        for new in (-1, 0, 1) if new != ast.literal_eval(node.slice))
-
-
-def other_bugs(node: ast.AST, names: list[str]) -> Iterator[tuple[str, ast.AST]]:
-    """What could be wrong with a call, a statement or the whole function."""
-    match node:
-        case ast.Call(ast.Name("range"), [*first, ast.BinOp(bound, ast.Add(), _)]):
-            yield "range_bound", changed(node, args=[*first, bound])
-        case ast.Call(ast.Name("range"), [*first, bound]):
-            yield from (("range_bound", changed(node, args=[*first, ast.BinOp(
-                bound, op(), ast.Constant(1))])) for op in (ast.Add, ast.Sub))
-        case ast.Call(ast.Name(name), [inner]):
-            if name in CONFUSED:
-                yield "call", changed(node, func=ast.Name(CONFUSED[name]))
-            yield "missing_call", inner
-            yield from (("argument_swap", changed(node, args=[ast.Name(other)]))
-                        for other in names if ast.unparse(inner) != other)
-        case ast.Call(ast.Name(name), [one, two]):
-            yield "call", changed(node, func=ast.Name(CONFUSED[name]))
-            yield from (("argument_swap", changed(node, args=[arg, arg])) for arg in (one, two))
-        case ast.Call(ast.Attribute(_, name)) if name in CONFUSED:
-            yield "method", changed(node, func=changed(node.func, attr=CONFUSED[name]))
-        case ast.Assign([ast.Name()], ast.Constant(int(value))):
-            yield "start", changed(node, value=ast.Constant(1 - value if value < 2 else 0))
-        case ast.AugAssign(target, op, value):
-            yield "accumulate", ast.Assign([target], value, lineno=1)
-            yield "operator", changed(node, op=FLIPPED[type(op)]())
-        case ast.FunctionDef(_, _, [*head, ast.For() as loop, ast.Return() as end]):
-            yield "early_return", changed(node, body=[*head, changed(loop, body=[*loop.body, end])])
+            yield "operator", node, changed(node, op=FLIPPED[type(op)]())
+            yield "swapped_operands", node, changed(node, left=right, right=left)
+        case ast.Subscript(_, ast.Slice(lower, upper) as part):
+            yield "slice", part, ast.Slice(upper, lower)
+        case ast.Subscript(_, ast.UnaryOp() | ast.Constant() as index):
+            yield from (("index", index, ast.Constant(new)) for new in (-1, 0, 1)
+                        if ast.unparse(index) != str(new))
+        case ast.Call(ast.Name("range"), [*_, ast.BinOp(bound, ast.Add()) as end]):
+            yield "range_bound", end, bound
+        case ast.Call(ast.Name(name) as called, [inner]) if name in CONFUSED:
+            yield "call", called, ast.Name(CONFUSED[name])
+            yield "missing_call", node, inner
+            yield from (("argument_swap", inner, ast.Name(one)) for one in names
+                        if ast.unparse(inner) != one)
+        case ast.Call(ast.Name(name) as called, [one, two]) if name in CONFUSED:
+            yield "call", called, ast.Name(CONFUSED[name])
+            yield from (("argument_swap", two, one), ("argument_swap", one, two))
+        case ast.Call(ast.Attribute(_, name) as method) if name in CONFUSED:
+            yield "method", method, changed(method, attr=CONFUSED[name])
 
 
 def bugs_in(tree: ast.FunctionDef) -> Iterator[tuple[str, ast.AST, ast.AST]]:
@@ -600,8 +580,18 @@ def bugs_in(tree: ast.FunctionDef) -> Iterator[tuple[str, ast.AST, ast.AST]]:
     names = sorted({n.id for n in ast.walk(tree) if isinstance(n, ast.Name)
                     and isinstance(n.ctx, ast.Store)} | {a.arg for a in tree.args.args})
     for node in ast.walk(tree):
-        for kind, wrong in (*expression_bugs(node, names), *other_bugs(node, names)):
-            yield kind, node, wrong
+        yield from expression_bugs(node, names)
+        match node:
+            case ast.Compare(_, _, [part]) | ast.BinOp(_, _, part) if type(part) is not ast.Name:
+                yield from (("operand", part, ast.Name(name)) for name in names)
+            case ast.Assign([ast.Name()], ast.Constant(int(value)) as start):
+                yield "start", start, ast.Constant(1 - value if value < 2 else 0)
+            case ast.AugAssign(target, op, value):
+                yield "accumulate", node, ast.Assign([target], value, lineno=1)
+                yield "operator", node, changed(node, op=FLIPPED[type(op)]())
+            case ast.FunctionDef(_, _, [*head, ast.For() as loop, ast.Return() as end]):
+                inside = changed(loop, body=[*loop.body, end])
+                yield "early_return", node, changed(node, body=[*head, inside])
 
 
 def draw_bug(source: str, operators: dict[str, int], rng: random.Random) -> tuple[str, str] | None:
