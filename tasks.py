@@ -330,16 +330,11 @@ def run_example(example: Example, code: str) -> Outcome:
 
 def without_idle(example: Example, code: str) -> str:
     """A passing answer without statements that no test misses, unless the reference has them so."""
-    tried: set[str] = set()
-    for _ in range(12):  # statements are left out, to see whether a test notices
-        found = {kind: node for kind, node in statements(code).items() if kind not in tried}
-        if not found:
-            break
-        kind = max(found, key=len)  # the largest first
-        tried.add(kind)
-        twin = statements(example.reference).get(kind)
-        if twin is None or left_out(example, example.reference, twin) is None:
-            code = left_out(example, code, found[kind]) or code
+    tried, twins = [], statements(example.reference)
+    while len(tried) < 12 and (found := [one for one in statements(code) if one not in tried]):
+        tried.append(kind := max(found, key=len))  # the largest first: does a test notice?
+        if kind not in twins or left_out(example, example.reference, twins[kind]) is None:
+            code = left_out(example, code, statements(code)[kind]) or code
     return re.sub(rf"(?m)^ *{GONE}\n?", "", code)
 
 
