@@ -1183,12 +1183,9 @@ class Server:
         sockets = [theirs, *(socket.socketpair() if processes == 2 else ())]
         reply, deadline = bytearray(), time.monotonic() + WALL * seconds
         with ours:
-            try:
-                fds = [one.fileno() for one in sockets]
+            with contextlib.ExitStack() as copies:  # they go, else we see no child close its own
+                fds = [copies.enter_context(one).fileno() for one in sockets]
                 socket.send_fds(self.control, [START.pack(seconds, WALL * seconds)], fds)
-            finally:  # our copies must go, or we would not see the children close theirs
-                for one in sockets:
-                    one.close()
             ours.settimeout(WALL * seconds)
             with contextlib.suppress(TimeoutError, ConnectionError):  # it may end while we send
                 ours.sendall(job)
@@ -1254,10 +1251,9 @@ def serve() -> None:
     control = socket.socket(fileno=0)
     gc.freeze()
     while True:
-        try:
+        message, sockets = None, []
+        with contextlib.suppress(TimeoutError):
             message, sockets, _, _ = socket.recv_fds(control, START.size, 3)
-        except TimeoutError:
-            message, sockets = None, []
         if sockets:
             seconds, wall = START.unpack(message)
             # one or two are for the child that answers the trainer, a third is for its candidate
