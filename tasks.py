@@ -339,8 +339,8 @@ def without_idle(example: Example, code: str) -> str:
 
 
 def statements(source: str) -> dict[str, ast.stmt]:
-    """The statements of a program by what they say."""
-    return {ast.dump(node): node for node in ast.walk(parse_python(source))
+    """The statements of a program by what they say; none if a stand-in made it too long."""
+    return {ast.dump(node): node for node in ast.walk(parse_python(source) or ast.Module([]))
             if isinstance(node, ast.stmt) and ast.unparse(node) not in ("pass", GONE)}
 
 
