@@ -251,7 +251,7 @@ def edit_reward(metrics: dict[str, float]) -> float:
 
 def read_answer(example: Example, completion: str) -> tuple[str, str]:
     """The program of a completion, what it omits put back; and '' or "format: why" it is none."""
-    text = tidy(re.sub(r"<think>\s*</think>", "", tidy(completion), count=1))  # some begin with one
+    text = tidy(re.sub(r"\A<think>\s*</think>", "", tidy(completion)))  # some begin with one
     code = tidy((fenced[1] or "") if (fenced := FENCED.fullmatch(text)) else text)
     if re.search("(?m)^```", code):
         why = "not one fenced block and nothing else"
