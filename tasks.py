@@ -1223,6 +1223,8 @@ START = struct.Struct("dd")  # trainer -> server: CPU and wall limit in s; socke
 REPORT = struct.Struct("id")  # server -> trainer, per child: wait status, CPU seconds
 CONTAINERS = {kind.__name__: kind for kind in (list, tuple, set, frozenset, dict)}
 BUILTINS = (*CONTAINERS.values(), str, bytes, int, float, complex)
+WRITE = {int: hex, float: float.hex, bytes: bytes.hex}  # hex has no digit limit
+READ = {"int": partial(int, base=16), "float": float.fromhex, "bytes": bytes.fromhex}
 Channel = io.BufferedRWPair  # lines to and from another process
 RAISABLE = (ArithmeticError, LookupError, TypeError, ValueError)  # what a script may see raised
 # A candidate cannot open files, so whatever honest code may import must be in memory before.
@@ -1391,10 +1393,8 @@ def encode(value: object, depth: int = 0) -> object:
     kind = type(value)
     if value is None or kind is bool or kind is str:
         return value
-    if kind is int:
-        return ["int", hex(value)]  # hex has no digit limit
-    if kind is float or kind is bytes:
-        return [kind.__name__, value.hex()]
+    if kind in WRITE:
+        return [kind.__name__, WRITE[kind](value)]
     if kind is complex:
         return ["complex", value.real.hex(), value.imag.hex()]
     if kind not in CONTAINERS.values() or depth == MAX_DEPTH:
@@ -1408,12 +1408,10 @@ def decode(tree: object) -> object:
     if type(tree) is not list:
         return tree
     kind, *parts = tree
-    if kind == "int":
-        return int(parts[0], 16)
-    if kind in ("float", "complex"):
-        return {"float": float, "complex": complex}[kind](*map(float.fromhex, parts))
-    if kind == "bytes":
-        return bytes.fromhex(parts[0])
+    if kind in READ:
+        return READ[kind](parts[0])
+    if kind == "complex":
+        return complex(*map(float.fromhex, parts))
     return CONTAINERS[kind](map(decode, parts))
 
 
