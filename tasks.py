@@ -31,12 +31,12 @@ import tokenize
 import unicodedata
 import warnings
 import zlib
+from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
 
 # =============================================================================================
 # Contracts. To add a task: draw Examples, write a verifier for them, put both into a Task, and name
@@ -1022,13 +1022,8 @@ UNSAFE_JUDGE = False  # True: run candidates even where the kernel cannot keep t
 START_SECONDS = 20.0  # far above what a server needs to start, or to answer for itself
 THIS_FILE = Path(__file__).read_text(encoding="utf-8")  # now, lest a later edit mix two versions
 WALL = 5  # seconds of waiting for each second of CPU time: only a backstop, on a busy machine
+Outcome = namedtuple("Outcome", "passed reason")  # whether an answer passes; "ok", or why not
 POOL_LOCK = threading.Lock()  # functools.cache may call twice what two threads ask for at once
-
-
-class Outcome(NamedTuple):
-    """What the judge found: whether an answer passes, and if not, why."""
-    passed: bool
-    reason: str  # "ok" if it passes
 
 
 def run_tests(code: str, entry_point: str, tests: Sequence[tuple[list, object]],
