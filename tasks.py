@@ -253,12 +253,7 @@ def read_answer(example: Example, completion: str) -> tuple[str, str]:
     """The program of a completion, what it omits put back; and '' or "format: why" it is none."""
     text = tidy(re.sub(r"\A<think>\s*</think>", "", tidy(completion)))  # some begin with one
     code = tidy((fenced[1] or "") if (fenced := FENCED.fullmatch(text)) else text)
-    if re.search("(?m)^```", code):
-        why = "not one fenced block and nothing else"
-    elif BAD_CHARACTERS.search(code):
-        why = "NUL, byte order mark or lone surrogate"
-    else:
-        why = format_error(code, example) if code else "empty"
+    why = format_error(code, example) if code else "empty"
     if not why:
         code = put_back_omitted(code, example.buggy)
         why = format_error(code, example)  # it may be too long now
@@ -268,6 +263,10 @@ def read_answer(example: Example, completion: str) -> tuple[str, str]:
 def format_error(code: str, example: Example) -> str:
     """Why `code` is no answer, or ''. At the top it may hold definitions, imports, comments, and
     what the buggy source or the reference has there. The rest is text, even if it parses."""
+    if re.search("(?m)^```", code):
+        return "not one fenced block and nothing else"
+    if BAD_CHARACTERS.search(code):
+        return "NUL, byte order mark or lone surrogate"
     tree = parse_python(code)
     if tree is None:
         return f"not Python of at most {PARSE_LIMIT:,} bytes and {MAX_HEIGHT} levels"
