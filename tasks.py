@@ -1113,7 +1113,7 @@ def judge_layers() -> list[str]:
 
 @contextlib.contextmanager
 def borrow() -> Iterator[Server]:
-    """A running server. It is stopped if its user fails."""
+    """A running server. It is stopped if it does not start, or if its user fails."""
     with POOL_LOCK:
         idle = pool()
     server = idle.get()
@@ -1157,7 +1157,6 @@ class Server:
                     env={"PYTHONHASHSEED": "0"}, start_new_session=True)
             self.layers = parse_line(self.run(line_of(["layers"]), START_SECONDS, 1)[0])
         except (OSError, ValueError) as error:
-            self.stop()
             raise UserError(f"The judge's server did not start: {error!r}.") from error
 
     def stop(self) -> None:
