@@ -1453,9 +1453,10 @@ def flat(scores: dict, rows: tuple = ()) -> dict[str, list[float]]:
 def print_table(columns: dict[str, dict[str, str]], title: str = "") -> None:
     """A row for each score, a column for each variant; four columns beside each other."""
     for some in (list(columns)[i:i + 4] for i in range(0, len(columns), 4)):
-        print(f"\n{title:28}" + "".join(f"{name:>24}" for name in some))
+        wide = 2 + max(22, *map(len, some))
+        print(f"\n{title:28}" + "".join(f"{name:>{wide}}" for name in some))
         for row in dict.fromkeys(row for cells in columns.values() for row in cells):
-            print(f"{row:28}" + "".join(f"{columns[name].get(row, '-'):>24}" for name in some))
+            print(f"{row:28}" + "".join(f"{columns[name].get(row, '-'):>{wide}}" for name in some))
 
 
 # --compare and --ablations: run after run from one base, and one table =======================
