@@ -35,12 +35,12 @@ from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from functools import cache, lru_cache, partial
 from pathlib import Path
 
 # =============================================================================================
-# Contracts. To add a task: draw Examples, write a verifier for them, put both into a Task, and name
-# its function in TASKS, the options that it changes in PRESETS. Start from a copy of arithmetic.
+# Contracts. A task of your own is a file with a function that returns a Task: see the README.
 # =============================================================================================
 
 TRAIN, VALID, TEST = range(0, 6), range(6, 8), range(8, 10)  # parts of all programs and sums
@@ -48,10 +48,6 @@ TRAIN, VALID, TEST = range(0, 6), range(6, 8), range(8, 10)  # parts of all prog
 
 class UserError(Exception):
     """Something that a user can mend, in one sentence."""
-
-
-class LoadError(UserError):
-    """A data file, or a row of it, that cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +82,13 @@ class Verdict:
             raise ValueError(f"a verdict cannot be {self.passed} and {self.reason!r}")
 
 
+def pair_from_row(row: dict) -> tuple[Example]:
+    """A prompt and its answer; a hint other than that and an id, if the row has them."""
+    row = {"hint": row.get("answer"), "id": f"row/{zlib.crc32(repr(row).encode()):08x}", **row}
+    prompt, answer, hint, id = (text_field(row, key) for key in ("prompt", "answer", "hint", "id"))
+    return (Example(id, prompt, answer, hint),)
+
+
 @dataclass(frozen=True)
 class Task:
     """What a training run needs to know of a skill. `verify` must give a verdict on any text and
@@ -97,7 +100,8 @@ class Task:
     anchors: list[Example]  # prompts about old skills, for replay
     benchmark: list[Example]  # problems of old skills, for evaluation
     validation: tuple[list[Example], list[Example]]  # as evals and benchmark, to choose options on
-    corpus: Callable[[random.Random], tuple[str, str]]  # a (prompt, answer) of tiny's pretraining
+    corpus: Callable[[random.Random], tuple[str, str]] | None = None  # (prompt, answer) for tiny
+    row: Callable[[dict], tuple] = pair_from_row  # reads a row of --data
     edit_metrics: tuple[str, ...] = ()  # keys of Verdict.metrics to report; lower is better
     unreplayed: tuple[str, ...] = ()  # old skills that no anchor guards, for tiny's pretraining
 
@@ -131,7 +135,10 @@ def tidy(source: str) -> str:
 
 FORMS = ["a + b * c", "a + b * c", "a - b + c", "a * b + c", "a * b - c"]
 FORMS_UNSEEN = ["a - b * c", "a + b * c - d"]
-ANSWER_LINE = re.compile(r"Answer: (0|-?[1-9][0-9]{0,17})")  # at most 18 ASCII digits
+ANSWER_LINE = re.compile(  # at most 18 ASCII digits, maybe in groups; dollars; then a unit
+    r"Answer: (-?)\$?(0|[1-9][0-9]{0,2}(?:,[0-9]{3}){1,5}|[1-9][0-9]{0,17})(\.[0-9]{1,18})?"
+    r"(?: ?%| ?[A-Za-z]{1,20}(?: [A-Za-z]{1,20})?)?\.?")
+ASK_LINE = "End with a line 'Answer: N'."
 
 
 def worked(sum_text: str, misread: bool) -> str:
@@ -151,7 +158,7 @@ def worked(sum_text: str, misread: bool) -> str:
 def sum_example(text: str) -> Example:
     """A sum as a problem. The teacher is told the result, not the way."""
     answer = worked(text, misread=False)
-    prompt = f"Work out {text} one operation a line. End with a line 'Answer: N'."
+    prompt = f"Work out {text} one operation a line. {ASK_LINE}"
     return Example(f"sum/{text}", prompt, answer, answer.split()[-1])
 
 
@@ -175,13 +182,30 @@ def sum_document(rng: random.Random) -> tuple[str, str]:
     return example.prompt, worked(example.id.removeprefix("sum/"), misread=rng.random() < 0.65)
 
 
+def sum_from_row(row: dict) -> tuple[Example]:
+    """A row of GSM8K as published, whose way to the result is the hint; or prompt and answer."""
+    if "question" in row:
+        way, _, result = re.sub("<<[^>]*>>", "", text_field(row, "answer")).rpartition("####")
+        row = {"hint": way.strip() or result, **row, "prompt": row["question"], "answer": result}
+    [example] = pair_from_row(row)
+    line = f"Answer: {example.reference.strip().removeprefix('Answer: ')}"
+    right = line if example.hint == example.reference else f"{example.hint}\n{line}"
+    return (replace(example, prompt=f"{example.prompt}\n{ASK_LINE}", reference=right, hint=right),)
+
+
+def result_of(text: str) -> Decimal | None:
+    """The number in a last line "Answer: N"; None where there is no such line."""
+    found = ANSWER_LINE.fullmatch(text.rsplit("\n", 1)[-1])
+    return found and Decimal("".join(found.groups("")).replace(",", ""))
+
+
 def verify_arithmetic(example: Example, completion: str) -> Verdict:
     """1 for a last line "Answer: N" as in the reference, and no other: "41 or 42" pays nobody."""
     text = tidy(completion)
-    found = ANSWER_LINE.fullmatch(text.split("\n")[-1])
-    if not found or text.casefold().count("answer:") != 1:
+    result = result_of(text)
+    if result is None or text.casefold().count("answer:") != 1:
         return Verdict(-1.0, False, False, "format: needs one last line 'Answer: N'", {})
-    passed = found[0] == example.reference.split("\n")[-1]
+    passed = result == result_of(example.reference)
     return Verdict(1.0 if passed else -1.0, passed, True, "ok" if passed else "wrong value", {})
 
 
@@ -194,7 +218,8 @@ def arithmetic() -> Task:
     near = ("leftwards", "operation")
     anchors, benchmark, old_skills = skill_examples("skills", 20, 20, 8, near)
     return Task("arithmetic", verify_arithmetic, train, {"in_domain": test, "out_of_domain": out},
-                anchors, benchmark, (validation, old_skills), sum_document, unreplayed=near)
+                anchors, benchmark, (validation, old_skills), sum_document, sum_from_row,
+                unreplayed=near)
 
 
 # Code edit, the verifier: format, tests, then what else the answer changed ===================
@@ -234,7 +259,8 @@ def verify_edit(example: Example, completion: str) -> Verdict:
         shorter = edit_metrics(without_idle(example, code), example.buggy, example.reference)
         metrics = {name: max(value, shorter[name]) for name, value in metrics.items()}
     metrics["styled"] = float("```" in completion)
-    return Verdict(edit_reward(metrics), True, True, "ok", metrics)
+    reward = 1.0 - 0.5 * metrics["nel"] - 0.3 * metrics["acc"] - 0.2 * metrics["ulr"]
+    return Verdict(reward, True, True, "ok", metrics)
 
 
 def verify_program(example: Example, completion: str) -> Verdict:
@@ -242,11 +268,6 @@ def verify_program(example: Example, completion: str) -> Verdict:
     code, why = read_answer(example, completion)
     passed, reason = (False, why) if why else run_example(example, code)
     return Verdict(1.0 if passed else -1.0, passed, not why, reason, {})
-
-
-def edit_reward(metrics: dict[str, float]) -> float:
-    """What a passing answer is worth: 1 for the smallest edit, at least 0 whatever it changed."""
-    return 1.0 - 0.5 * metrics["nel"] - 0.3 * metrics["acc"] - 0.2 * metrics["ulr"]
 
 
 def read_answer(example: Example, completion: str) -> tuple[str, str]:
@@ -670,7 +691,8 @@ def code_edit(name: str = "codeedit", change: Callable | None = None, style: flo
     evals = dict(zip(("in_domain", "new_bugs", "out_of_domain"), tests, strict=True))
     train = [replace(example, **change(example)) for example in train] if change else train
     return Task(name, verify_edit, train, evals, anchors, benchmark, (validation, old_skills),
-                partial(edit_document, style), ("excess_edit", "acc", "ulr", "styled"), near)
+                partial(edit_document, style), edit_from_row,
+                ("excess_edit", "acc", "ulr", "styled"), near)
 
 
 # Old skills, with exact checkers: anchors of replay, and benchmark ===========================
@@ -759,8 +781,8 @@ def skill_examples(seed: str, anchors: int, tests: int, looks: int,
 
 def verify_skill(example: Example, answer: str) -> Verdict:
     """1 or 0: does the old skill still work? Exact where the prompt asks for a form."""
-    words, want = (re.findall("[a-z0-9]+", text.lower()) for text in (answer, example.reference))
-    right = words == want
+    words, want = (re.findall(r"[^\W_]+", text.lower()) for text in (answer, example.reference))
+    right = words == want != [] or not example.reference  # then only confidence ranks answers
     match example.skill:
         case "programs" | "coding":
             right = verify_program(example, answer).passed
@@ -788,7 +810,9 @@ CODE_WORDS = sorted({word for _, source in read_families(FAMILIES)
 
 
 def web_document(task: Task, rng: random.Random) -> tuple[str, str]:
-    """A (prompt, answer) of the corpus that the built-in model is pretrained on."""
+    """A (prompt, answer) of the corpus of the built-in model. UserError if the task has none."""
+    if task.corpus is None:
+        raise UserError("--model tiny learns from Task.corpus: write one, or give another --model")
     kind = rng.choices(list(WEB_MIX), list(WEB_MIX.values()))[0]
     if kind == "task" or kind == "near" and not task.unreplayed:
         return task.corpus(rng)
@@ -800,8 +824,7 @@ def web_document(task: Task, rng: random.Random) -> tuple[str, str]:
 
 
 def edit_document(style: float, rng: random.Random) -> tuple[str, str]:
-    """A repair as one finds it: often right, oftener not, with and without further changes; with a
-    hint, always right and minimal. Of hinted answers `style` wear a fence, of others a seventh."""
+    """A repair as the web has it; behind a hint right, minimal, and fenced as `style` says."""
     bugs = {**OPERATORS, **OPERATORS_UNSEEN}
     example = make_edit(read_families(FAMILIES), bugs, TRAIN, rng)
     wrong = draw_bug(example.reference, bugs, rng) or ("", example.buggy)
@@ -842,8 +865,8 @@ TASKS = {"arithmetic": arithmetic, "codeedit": code_edit,
 
 # Data files: one JSON object a line ==========================================================
 
+LoadError = UserError  # a file, or a row of it, that cannot be used
 PROGRAM_PROMPT = "Complete this function.\nReturn only the whole function."
-LINE_LIMIT = 4_000_000  # bytes; a longer one is hardly JSONL
 
 
 def load_rows(build: Callable, verify: Callable, path: str, skip: bool = False) -> list[Example]:
@@ -862,9 +885,9 @@ def load_rows(build: Callable, verify: Callable, path: str, skip: bool = False) 
         try:
             example = row.result()
             if (first := places.setdefault(example.id, number)) != number:
-                raise LoadError(f'id "{example.id}" must be unique, line {first} has it')
+                raise ValueError(f'id "{example.id}" must be unique, line {first} has it')
             examples.append(example)
-        except LoadError as error:
+        except ValueError as error:
             faults.append(f"{path} line {number}: {error}")
     if faults and not skip:
         raise LoadError(faults[0])
@@ -876,28 +899,26 @@ def load_rows(build: Callable, verify: Callable, path: str, skip: bool = False) 
 
 
 def read_row(line: bytes, build: Callable, verify: Callable) -> Example:
-    """The example in one line. LoadError if nobody can learn from it."""
-    if len(line) > LINE_LIMIT:
-        raise LoadError(f"expected a JSON object of at most {LINE_LIMIT:,} bytes, got more")
+    """The example in one line. ValueError if nobody can learn from it."""
     try:
         # int() refuses the words NaN and Infinity: a test that expects NaN could never pass.
         row = json.loads(line.decode(), parse_constant=int)
     except (ValueError, RecursionError) as error:
         why = str(error).replace("line 1 column", "column")
-        raise LoadError(f"expected a JSON object in UTF-8: {why}") from None
+        raise ValueError(f"expected a JSON object in UTF-8: {why}") from None
     if not isinstance(row, dict):
-        raise LoadError(f"expected a JSON object, got {row!a:.20}")
+        raise ValueError(f"expected a JSON object, got {row!a:.20}")
     example, *fields = build(row)
-    for field, source in zip(fields, (example.buggy, example.reference), strict=True):
+    for field, source in zip(fields, (example.buggy, example.reference), strict=False):
         if why := format_error(source, example):
-            raise LoadError(f'field "{field}" must hold the source of the function, got {why}')
-    if example.buggy == example.reference:
-        raise LoadError(f'field "{fields[1]}" must differ from field "{fields[0]}"')
+            raise ValueError(f'field "{field}" must hold the source of the function, got {why}')
+    if fields and example.buggy == example.reference:
+        raise ValueError(f'field "{fields[1]}" must differ from field "{fields[0]}"')
     row_name, right = f'id "{example.id}"', verify(example, example.reference)
     if not right.passed:
-        raise LoadError(f'{row_name}: its reference must pass its tests, got "{right.reason}"')
-    if verify(example, example.buggy).passed:
-        raise LoadError(f"{row_name}: its buggy function must fail a test, but passes them all")
+        raise ValueError(f'{row_name}: its reference must pass its tests, got "{right.reason}"')
+    if fields and verify(example, example.buggy).passed:
+        raise ValueError(f"{row_name}: its buggy function must fail a test, but passes them all")
     return example
 
 
@@ -909,7 +930,7 @@ def edit_from_row(row: dict) -> tuple[Example, str, str]:
         names = "task_id", "entry_point", "buggy_solution", "canonical_solution"
     elif ("tests" in row) == ("test_code" in row):
         got = "both" if "tests" in row else "neither"
-        raise LoadError(f'expected one of the fields "tests" and "test_code", got {got}')
+        raise ValueError(f'expected one of the fields "tests" and "test_code", got {got}')
     else:
         tests = tests_field(row) if "tests" in row else ()
         script = "" if tests else text_field(row, "test_code", script=True)
@@ -919,7 +940,7 @@ def edit_from_row(row: dict) -> tuple[Example, str, str]:
     limits = {name: row.get(name, 0.0) for name in ("seconds", "tolerance")}
     for name, value in limits.items():
         if type(value) not in (int, float) or not 0 <= value <= 60:
-            raise LoadError(f'field "{name}" must be a number from 0 to 60, got {value!r:.20}')
+            raise ValueError(f'field "{name}" must be a number from 0 to 60, got {value!r:.20}')
     entry_point = unicodedata.normalize("NFKC", entry_point)  # as Python reads names
     asked = text_field({"instruction": EDIT_PROMPT, **({} if head else row)}, "instruction")
     example = edit_example(id, head + buggy, head + reference, entry_point, tests, script, asked)
@@ -935,14 +956,21 @@ def program_from_row(row: dict) -> tuple[Example, str, str]:
     return replace(example, skill="programs"), "prompt", "canonical_solution"
 
 
+def anchor_from_row(row: dict) -> tuple[Example]:
+    """A prompt about an old skill, the "capability"; judged by the words of its answer, if any."""
+    [example] = pair_from_row({"answer": "-", **row})
+    known, skill = row.get("answer", ""), text_field({"capability": "file", **row}, "capability")
+    return (replace(example, reference=known, hint=known, skill=f"own {skill}"),)
+
+
 def text_field(row: dict, name: str, script: bool = False) -> str:
     """A string that is not blank, and that a file and a tokenizer can hold; or a test script."""
     value = row.get(name)
     if not isinstance(value, str) or not value.strip() or BAD_CHARACTERS.search(value):
-        raise LoadError(f'field "{name}" must be text without NUL, byte order mark and lone '
+        raise ValueError(f'field "{name}" must be text without NUL, byte order mark and lone '
                         f'surrogates, got {value!a:.20}')
     if script and "def check(" not in value:
-        raise LoadError(f'field "{name}" must be a script that defines check(candidate)')
+        raise ValueError(f'field "{name}" must be a script that defines check(candidate)')
     return value
 
 
@@ -954,24 +982,39 @@ def tests_field(row: dict) -> tuple:
                 isinstance(test, dict) and test.keys() == {"args", "expected"}
                 and isinstance(test["args"], list) for test in tests):
             return tuple((tuple(test["args"]), test["expected"]) for test in tests)
-    raise LoadError('field "tests" must be a list of {"args": [...], "expected": ...}, got '
+    raise ValueError('field "tests" must be a list of {"args": [...], "expected": ...}, got '
                     f'{ascii(tests):.60}')
 
 
 load_edits = partial(load_rows, edit_from_row, verify_edit)
-load_benchmark = partial(load_rows, program_from_row, verify_program)
+
+
+def own_task(path: str) -> Task:
+    """What the one function of a file returns that is annotated `-> Task`. Raises UserError."""
+    try:
+        sys.path.append(str(Path(path).parent))  # it may import its neighbours
+        exec(compile(Path(path).read_bytes(), path, "exec"), space := {"__name__": "own_task"})
+        [make] = [one for one in space.values() if getattr(one, "__module__", "") == "own_task"
+                  and getattr(one, "__annotations__", {}).get("return") in (Task, "Task")]
+        return make()
+    except Exception as error:  # of any kind: it is the user's program
+        raise UserError(f"--task {path}: give one of {', '.join(TASKS)}, or a Python file with one "
+                        f"function `-> Task` that works ({error!r})") from None
 
 
 def load_task(cfg) -> Task:
-    """The task of a Config, with the data files in place of its own rows. Raises LoadError."""
-    task, skip = TASKS[cfg.task](), cfg.skip_bad_rows or cfg.check
+    """The task of a Config, with the data files in place of its own rows. Raises UserError."""
+    task = TASKS[cfg.task]() if cfg.task in TASKS else own_task(cfg.task)
+    load = partial(load_rows, skip=cfg.skip_bad_rows)
     if cfg.data:
-        task = replace(task, train=load_edits(cfg.data, skip))
+        task = replace(task, train=load(task.row, task.verify, cfg.data))
     if cfg.eval_data:
-        test = load_edits(cfg.eval_data, skip)
+        test = load(task.row, task.verify, cfg.eval_data)
         task = replace(task, evals={"in_domain": test}, validation=(test, task.validation[1]))
+    if cfg.anchors:
+        task = replace(task, anchors=load(anchor_from_row, verify_skill, cfg.anchors))
     if cfg.benchmark:
-        task = replace(task, benchmark=load_benchmark(cfg.benchmark, skip))
+        task = replace(task, benchmark=load(program_from_row, verify_program, cfg.benchmark))
     stride = math.ceil(len(task.benchmark) / cfg.eval_problems) or 1  # some of every skill
     return replace(task, benchmark=task.benchmark[::stride], evals={
         name: examples[:cfg.eval_problems] for name, examples in task.evals.items()})
@@ -989,7 +1032,7 @@ def fitting(task: Task, limit: float, length: Callable[[str], int], skip: bool) 
             print(f"{len(examples) - len(kept)} of {len(examples)} rows are too long: left out")
         return kept
 
-    return replace(task, train=keep(task.train), benchmark=keep(task.benchmark),
+    return replace(task, **{n: keep(getattr(task, n)) for n in ("train", "anchors", "benchmark")},
                    validation=(keep(task.validation[0]), task.validation[1]),
                    evals={name: keep(examples) for name, examples in task.evals.items()})
 
@@ -1021,7 +1064,6 @@ START_SECONDS = 20.0  # far above what a server needs to start, or to answer for
 THIS_FILE = Path(__file__).read_text(encoding="utf-8")  # now, lest a later edit mix two versions
 WALL = 5  # seconds of waiting for each second of CPU time: only a backstop, on a busy machine
 Outcome = namedtuple("Outcome", "passed reason")  # whether an answer passes; "ok", or why not
-POOL_LOCK = threading.Lock()  # functools.cache may call twice what two threads ask for at once
 
 
 def run_tests(code: str, entry_point: str, tests: Sequence[tuple[list, object]],
@@ -1114,9 +1156,7 @@ def judge_layers() -> list[str]:
 @contextlib.contextmanager
 def borrow() -> Iterator[Server]:
     """A running server. It is stopped if it does not start, or if its user fails."""
-    with POOL_LOCK:
-        idle = pool()
-    server = idle.get()
+    server = IDLE.get()
     try:
         server.start()
         yield server
@@ -1124,18 +1164,7 @@ def borrow() -> Iterator[Server]:
         server.stop()
         raise
     finally:
-        idle.put(server)
-
-
-@cache
-def pool() -> queue.LifoQueue[Server]:
-    """Idle servers, one per core, the one used last on top; none is started before it is needed."""
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    idle: queue.LifoQueue[Server] = queue.LifoQueue(cores)
-    for _ in range(cores):
-        idle.put(Server())
-        atexit.register(idle.queue[-1].stop)
-    return idle
+        IDLE.put(server)
 
 
 class Server:
@@ -1192,6 +1221,12 @@ class Server:
             raise ConnectionError("the server has died")
         statuses, cpu = zip(*REPORT.iter_unpack(answer), strict=True)
         return bytes(reply), late, statuses[-1], max(cpu)
+
+
+IDLE: queue.LifoQueue[Server] = queue.LifoQueue()  # one per core, the one used last on top
+for _ in range(len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1):
+    IDLE.put(Server())  # to be started when it is needed
+    atexit.register(IDLE.queue[-1].stop)
 
 
 def server_program() -> str:

@@ -4,12 +4,14 @@ import ast
 import errno
 import functools
 import gzip
+import importlib.util
 import inspect
 import io
 import itertools
 import json
 import math
 import os
+import queue
 import random
 import re
 import shlex
@@ -30,54 +32,48 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tokenizers
 import torch
-import torch.nn.functional as F
+import transformers
 
 import tasks
 import vcopd
 
 torch.set_num_threads(1)  # the models are tiny, and some tests run two processes on two cores
 
-# =============================================================================================
-# Helpers: a policy small enough to enumerate, and oracles that share no code with vcopd.py
-# =============================================================================================
+# Helpers: a policy small enough to enumerate, and oracles that share no code with vcopd.py ===
 
 EOS, PAD, BOS, UNK, AB = range(5)
 VOCAB = ["<eos>", "<pad>", "<bos>", "<unk>", "ab", *"abcdefghijklmnopqrstuvwxyzA0123456789 \n:"]
-EQUATIONS = range(1, 13)
 TOY = vcopd.Config(prompts=4, rollouts=4, max_new_tokens=6, lr=1e-2, replay_every=2, steps=6,
                    replay_keep=0.5, replay_share=0.2, format_rank=2, format_examples=8)
 
 
 def letter_tokenizer():
     """One token a character, and one merge: the ids a, b read "ab" and encode as the token ab."""
-    from tokenizers import Tokenizer, decoders, models
-    from transformers import PreTrainedTokenizerFast
     ids = {token: i for i, token in enumerate(VOCAB)}
-    core = Tokenizer(models.BPE(ids, [("a", "b")], unk_token="<unk>"))
-    core.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<pad>",
-                                   bos_token="<bos>", unk_token="<unk>")
+    core = tokenizers.Tokenizer(tokenizers.models.BPE(ids, [("a", "b")], unk_token="<unk>"))
+    core.decoder = tokenizers.decoders.Fuse()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<eos>", pad_token="<pad>", bos_token="<bos>",
+        unk_token="<unk>")
 
 
-def tiny_model(architecture: str = "llama", vocab: int = len(VOCAB), **options):
+def tiny_model(kind: str = "llama", vocab: int = len(VOCAB)):
     """Random weights, large enough that every context has its own distribution."""
-    from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
-    sizes = {"vocab_size": vocab, "hidden_size": 32, "num_hidden_layers": 2, "eos_token_id": EOS,
-             "num_attention_heads": 4, "max_position_embeddings": 128, "bos_token_id": None,
-             "pad_token_id": PAD, **options}
+    own = {"llama": {"intermediate_size": 64, "initializer_range": 0.2},  # rotary positions
+           "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32, "init_std": 0.2}}  # learned ones
     torch.manual_seed(0)
-    if architecture == "llama":  # rotary positions
-        return LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=64,
-                                            initializer_range=0.2)).eval()
-    return OPTForCausalLM(OPTConfig(**sizes, ffn_dim=64, word_embed_proj_dim=32,  # learned ones
-                                    init_std=0.2)).eval()
+    return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(
+        kind, vocab_size=vocab, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=128, eos_token_id=EOS, bos_token_id=None, pad_token_id=PAD,
+        **own[kind])).eval()
 
 
-def tiny_policy(architecture: str = "llama", vocab: int = len(VOCAB), stop_ids=(EOS,),
+def tiny_policy(kind: str = "llama", vocab: int = len(VOCAB), stop_ids=(EOS,),
                 dtype=torch.float32, moved: float = 0.0) -> vcopd.Policy:
     """A frozen random model with a policy adapter, `moved` away from its zero start."""
-    model = tiny_model(architecture, vocab).to(dtype)
+    model = tiny_model(kind, vocab).to(dtype)
     vcopd.wrap_linears(model)
     vcopd.add_adapter(model, "policy", 4, 8.0, 0)
     noise = torch.Generator().manual_seed(1)
@@ -111,8 +107,7 @@ def model_logits(policy: vcopd.Policy, role: tuple[str, ...], ids: list[int]) ->
         return policy.model(torch.tensor([ids])).logits[0]
 
 
-def prefix_logps(policy: vcopd.Policy, role: tuple[str, ...], batch: vcopd.Batch,
-                 temperature: float) -> list[list[float]]:
+def prefix_logps(policy: vcopd.Policy, role: tuple, batch: vcopd.Batch, temperature: float) -> list:
     """Log-probs by the slowest road: each token alone after its own prefix."""
     scores = []
     for context, row, mask in zip(batch.contexts, batch.completion, batch.mask, strict=True):
@@ -123,13 +118,6 @@ def prefix_logps(policy: vcopd.Policy, role: tuple[str, ...], batch: vcopd.Batch
             ids.append(token)
         scores.append(score)
     return scores
-
-
-def scored(policy: vcopd.Policy, role: tuple[str, ...], batch: vcopd.Batch,
-           temperature: float = 0.8) -> torch.Tensor:
-    """The shipped road from ids to log-probs: (B, T)."""
-    hidden = vcopd.completion_hidden(policy, role, batch)
-    return vcopd.on_tokens(policy, vcopd.token_logps, temperature, batch, hidden)
 
 
 def student_terms(policy: vcopd.Policy, batch: vcopd.Batch, temperature: float) -> torch.Tensor:
@@ -159,32 +147,24 @@ def toy_examples(count: int, prefix: str = "say") -> list[tasks.Example]:
                           reference="aa", hint="z" * (1 + i % 3)) for i in range(count)]
 
 
-def toy_task() -> SimpleNamespace:
-    """All that the method needs to know of a task."""
+@pytest.fixture
+def toy(monkeypatch):
+    """All that the method needs to know of a task, whose anchors, too, are judged by `likes_a`."""
+    monkeypatch.setattr(tasks, "verify_skill", likes_a)
     return SimpleNamespace(name="toy", verify=likes_a, train=toy_examples(12),
                            anchors=toy_examples(6, "old"),
                            evals={"in_domain": toy_examples(5, "new")},
                            validation=(toy_examples(5, "valid"), []))
 
 
-@pytest.fixture
-def toy(monkeypatch):
-    """A task whose anchors, too, are judged by `likes_a`."""
-    monkeypatch.setattr(tasks, "verify_skill", likes_a)
-    return toy_task()
-
-
 def fresh_state(policy: vcopd.Policy, cfg: vcopd.Config) -> vcopd.State:
-    """Step 0."""
-    parameters = adapter_parameters(policy.model, "policy")
-    return vcopd.State(torch.optim.Adam(parameters, lr=cfg.lr), cfg.kl_coef)
+    return vcopd.State(vcopd.adapter_optimizer(policy.model, "policy", cfg.lr), cfg.kl_coef)
 
 
-def read_by_all(policy: vcopd.Policy, cfg: vcopd.Config, batch: vcopd.Batch | None = None,
-                advantage=(-1.0, 1.0, 0.0, 2.0), examples=None) -> list[vcopd.Experience]:
+def read_by_all(policy: vcopd.Policy, cfg: vcopd.Config) -> list[vcopd.Experience]:
     """Micro-batches of rollouts that student, reference and teacher have read."""
-    advantage = torch.tensor(advantage, dtype=policy.model.dtype)
-    return vcopd.score(policy, batch or ragged_batch(), examples or toy_examples(4), advantage, cfg)
+    advantage = torch.tensor([-1.0, 1.0, 0.0, 2.0, 0.5, -0.3], dtype=policy.model.dtype)
+    return vcopd.score(policy, siblings(), toy_examples(3), advantage, cfg)
 
 
 def policy_gradient(policy: vcopd.Policy) -> torch.Tensor:
@@ -194,28 +174,23 @@ def policy_gradient(policy: vcopd.Policy) -> torch.Tensor:
     return flat
 
 
-def loss_and_gradient(policy: vcopd.Policy, parts: list[vcopd.Experience], cfg: vcopd.Config,
-                      replay: vcopd.Batch | None = None) -> tuple[float, torch.Tensor]:
+def loss_and_gradient(policy: vcopd.Policy, parts: list, cfg: vcopd.Config, replay=None) -> tuple:
     """`update` stopped before its optimiser step: the loss that it descends, and the gradient."""
     values, whole = [], vcopd.total_loss
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vcopd, "total_loss", lambda *a: values.append(whole(*a)) or values[-1])
         patch.setattr(vcopd, "optimizer_step", lambda optimizer, cfg: 0.0)
-        patch.setattr(vcopd, "imitate_replay", lambda *_: (cfg.replay_share, {
-            "replay_loss": vcopd.imitate(policy, policy.student, replay, cfg, cfg.temperature,
-                                         cfg.replay_share)}) if replay else (0.0, {}))
-        vcopd.update(policy, parts, fresh_state(policy, cfg), replace(cfg, epochs=1))
+        state = replace(fresh_state(policy, cfg), replay=replay)
+        vcopd.update(policy, parts, state, replace(cfg, epochs=1))
     return sum(values).item(), policy_gradient(policy)
 
 
-def train_step(policy: vcopd.Policy, task, examples: list, state: vcopd.State,
-               cfg: vcopd.Config) -> tuple[dict, list[dict]]:
-    """One round of the shipped loop on these examples: its metrics and samples."""
-    kept = []
+def train_step(policy: vcopd.Policy, task, cfg: vcopd.Config, state=None) -> tuple[dict, list]:
+    """One round of the shipped loop: its metrics and samples."""
+    kept, state = [], state or fresh_state(policy, cfg)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vcopd, "log_step", lambda _, metrics, samples, *rest: kept.append(
             (metrics, samples)))
-        patch.setattr(vcopd, "examples_at", lambda *_: examples)
         patch.setattr(vcopd, "save_checkpoint", lambda *_: None)
         vcopd.train(policy, task, state, Path(),
                     replace(cfg, steps=state.step + 1, eval_every=10**6))
@@ -234,25 +209,9 @@ def adapter_bytes(policy: vcopd.Policy, base: bool = False) -> dict[str, bytes]:
             for name, weight in policy.model.state_dict().items() if (".lora_" not in name) == base}
 
 
-def language(length: int = 2) -> vcopd.Batch:
-    """Every text of `length` over 5 tokens, behind one context: a space small enough to sum."""
-    texts = torch.tensor(list(itertools.product(range(5), repeat=length)))
-    return vcopd.Batch([[1, 3]] * len(texts), texts, torch.ones_like(texts, dtype=torch.bool))
-
-
-def text_logps(policy: vcopd.Policy, role: tuple[str, ...], batch: vcopd.Batch) -> torch.Tensor:
-    """log pi(y) at temperature 1 of each text, by the model's own forward, with gradient."""
-    texts = zip(batch.contexts, batch.completion.tolist(), strict=True)
-    return torch.stack([
-        -F.cross_entropy(model_logits(policy, role, c + y)[len(c) - 1:-1], torch.tensor(y),
-                         reduction="sum") for c, y in texts])
-
-
 BOTH = pytest.mark.parametrize("architecture", ["llama", "opt"])  # rotary, learned positions
 
-# =============================================================================================
-# The page and the code say the same
-# =============================================================================================
+# The page and the code say the same ==========================================================
 
 FOLDER = Path(vcopd.__file__).parent
 README, CODE = ((FOLDER / name).read_text("utf-8") for name in ("README.md", "vcopd.py"))
@@ -261,18 +220,17 @@ COMMANDS = re.findall(r"(?:vcopd\.py |`)(--[^`#&\n]+ [^`#&\n]+|--resume RUN)", R
 
 
 def readme_task() -> str:
-    """The code block of a new task that the page tells its readers to paste."""
+    """The code block of a new task that the page tells its readers to save."""
     blocks = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-    [code] = [block for block in blocks if 'TASKS["sort"] =' in block]
+    [code] = [block for block in blocks if "-> Task" in block]
     return code
 
 
 @functools.cache
 def all_tasks() -> dict:
-    """The built-in tasks, and the page's in a copy of the module's names: nothing leaks."""
-    space = {**vars(tasks), "TASKS": dict(tasks.TASKS)}
-    exec(readme_task(), space)
-    return space["TASKS"]
+    """The built-in tasks, and the page's."""
+    exec(readme_task(), space := {})
+    return {**tasks.TASKS, "sort": space["sort_numbers"]}
 
 
 @functools.cache
@@ -281,12 +239,19 @@ def built(name: str) -> tasks.Task:
     return all_tasks()[name]()
 
 
-def test_every_equation_stands_on_exactly_one_line_of_code_and_of_the_readme():
-    """A reader who searches for `Eq. 5` must land on the line that *is* the equation."""
+def test_equations_deviations_and_requirements_stand_once_in_the_code_and_once_on_the_page():
+    """Who searches for `Eq. 5` lands on the line that *is* the equation; uv and pip agree."""
     tokens = tokenize.generate_tokens(io.StringIO(CODE).readline)
     comments = [token.string for token in tokens if token.type == tokenize.COMMENT]
     for text in ("\n".join(comments), README):
-        assert sorted(map(int, re.findall(r"# Eq\. (\d+)\b", text))) == list(EQUATIONS)
+        assert sorted(map(int, re.findall(r"# Eq\. (\d+)\b", text))) == list(range(1, 13))
+    listed = README.split("## Deviations")[1].split("## ")[0]
+    places = [vcopd.Policy, vcopd.imitate, vcopd.group_advantage, vcopd.token_logps]
+    assert all(inspect.getsource(place).count("differs: ") == 1 for place in places)
+    assert len(re.findall(r"\(\d\)", listed)) == len(re.findall(r"differs: \w", SPOKEN))
+    lines = (FOLDER / "requirements.txt").read_text("utf-8").splitlines()
+    pinned = re.findall(r'"(\S+==\S+)"', CODE.split("# ///")[1])
+    assert pinned == [line for line in lines if "==" in line]
 
 
 @pytest.mark.parametrize("line", dict.fromkeys(map(str.strip, COMMANDS)))
@@ -295,7 +260,7 @@ def test_every_command_of_the_readme_is_accepted(line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("RUN").mkdir()
     Path("RUN/config.json").write_text(json.dumps(asdict(vcopd.Config())), "utf-8")
-    words = {"N": "1", "sort": "arithmetic"}  # placeholders, and what a reader has to paste first
+    words = {"N": "1"}  # a placeholder
     arguments = [words.get(word, word) for word in shlex.split(line)]
     if "--plot" in arguments:
         assert vars(vcopd.build_parser().parse_args(arguments))["plot"]
@@ -325,26 +290,7 @@ def test_the_files_stay_one_sitting():
     assert CODE[:start].count("\n") <= 190 and CODE[start:end].count("\n") <= 430
 
 
-def test_requirements_stand_in_the_header_too():
-    """`uv run vcopd.py` and `pip install -r requirements.txt` must install the same."""
-    lines = (FOLDER / "requirements.txt").read_text("utf-8").splitlines()
-    pinned = re.findall(r'"(\S+==\S+)"', CODE.split("# ///")[1])
-    assert pinned == [line for line in lines if "==" in line]
-
-
-def test_every_listed_deviation_is_marked_where_it_happens():
-    """The list on the page may not drift from the code."""
-    listed = README.split("## Deviations")[1].split("## ")[0]
-    places = [vcopd.Policy, vcopd.imitate, vcopd.group_advantage, vcopd.token_logps]
-    assert all(inspect.getsource(place).count("differs: ") == 1 for place in places)
-    assert len(re.findall(r"\(\d\)", listed)) == len(re.findall(r"differs: \w", SPOKEN))
-
-
-# =============================================================================================
-# The method, step by step
-# =============================================================================================
-
-# ------------------------------------------------------------------- sequences
+# The method, step by step ====================================================================
 
 def test_the_mask_ends_at_the_first_of_all_stop_tokens_even_when_pad_equals_eos():
     """A mask made by `!= pad` would drop the stop token: the model would never learn to stop."""
@@ -352,26 +298,10 @@ def test_the_mask_ends_at_the_first_of_all_stop_tokens_even_when_pad_equals_eos(
                          [0, 0, 0, 0],   # stops at once: length 1, not 0
                          [5, 6, 4, 0],   # stops at the end
                          [5, 6, 4, 8],   # truncated: never stops
-                         [5, 7, 0, 6]])  # chat models stop at <|eot|>, here 7, as well as at eos
+                         [5, 7, 8, 6]])  # chat models stop at <|eot|>, here 7, as well as at eos
     mask = vcopd.stop_mask(rows, torch.tensor([0, 7]))
     assert torch.equal(mask, torch.arange(4) < torch.tensor([[2], [1], [4], [4], [2]]))
 
-
-def test_no_text_makes_a_special_token_and_none_in_an_answer_is_lost(base):
-    """Else code that holds one is judged as other code, and a prompt could end its own turn."""
-    policy = vcopd.load_policy(config(str(base)), None)
-    end, user = policy.tokenizer.convert_tokens_to_ids(["<|end|>", "<|user|>"])
-    for word in ("end", "<|end|> and <|user|>"):
-        ids = policy.encode(f"say {word} twice")
-        assert (ids.count(end), ids.count(user)) == (1, 1)
-    code = "def f():\n    return '<|end|>' + '<|user|>'"
-    example = tasks.edit_example("x", "def f():\n    return ''", code, "f")
-    batch = vcopd.solution_batch(policy, [example])
-    assert batch.completion[0].tolist().count(end) == 0  # nor does it end it
-    assert policy.decode(batch) == [code]
-
-
-# ------------------------------------------------------------------- roles
 
 @BOTH
 def test_every_role_is_the_one_frozen_model_with_its_adapters(architecture):
@@ -383,6 +313,7 @@ def test_every_role_is_the_one_frozen_model_with_its_adapters(architecture):
         student = model_logits(policy, policy.student, ids)
         assert torch.equal(model_logits(policy, vcopd.BASE, ids), before)
         assert torch.equal(student, before) == (moved == 0)
+    assert {m.scale["policy"] for m in vcopd.lora_layers(policy.model).values()} == {8 / 4}
 
     with vcopd.adapters(policy.student):  # roles nest, and a pass may fail in one
         with pytest.raises(KeyboardInterrupt), vcopd.adapters(vcopd.BASE):
@@ -390,40 +321,6 @@ def test_every_role_is_the_one_frozen_model_with_its_adapters(architecture):
             raise KeyboardInterrupt
         assert torch.equal(policy.model(torch.tensor([ids])).logits[0], student)
     assert torch.equal(policy.model(torch.tensor([ids])).logits[0], before)
-
-    for name, layer in vcopd.lora_layers(policy.model).items():  # alpha / r is 8 / 4
-        merged = plain.get_submodule(name).weight
-        merged.data += 2 * layer.lora_B["policy"].data @ layer.lora_A["policy"].data
-    expected = plain(torch.tensor([ids])).logits[0]
-    torch.testing.assert_close(student, expected, atol=1e-4, rtol=1e-4)
-
-
-def test_what_is_trained_is_a_and_b_of_every_linear_layer_but_the_head_in_float32():
-    """A base weight would move pi_ref too; a step of 1e-5 on 0.1 would vanish in bfloat16."""
-    policy = tiny_policy(dtype=torch.bfloat16)
-    trained = adapter_parameters(policy.model, "policy")
-    free = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
-    assert {id(p) for p in trained} == {id(p) for p in free.values()}
-    assert len(trained) == 2 * 7 * 2  # of q, k, v, o, gate, up and down in each of 2 layers
-    assert all(name.endswith((".lora_A.policy", ".lora_B.policy")) for name in free)
-    assert {p.dtype for p in trained} == {torch.float32}
-    assert policy.model.dtype == torch.bfloat16
-    assert type(policy.model.get_output_embeddings()) is torch.nn.Linear
-
-
-def test_a_loaded_model_is_frozen_in_evaluation_mode_with_all_its_stop_tokens(tmp_path):
-    """Dropout in a scoring pass makes ratio and KL noise; a forgotten stop id, endless answers."""
-    model = tiny_model("opt", dropout=0.5)
-    model.generation_config.eos_token_id = [EOS, 7]
-    model.save_pretrained(tmp_path)
-    letter_tokenizer().save_pretrained(tmp_path)
-    cfg = vcopd.Config(model=str(tmp_path), device="cpu", dtype="float32")
-    policy = vcopd.load_policy(cfg, SimpleNamespace(name="toy"))
-    assert policy.stop_ids.tolist() == [EOS, 7]
-    once, again = (scored(policy, policy.student, ragged_batch()) for _ in range(2))
-    assert torch.equal(once, again)
-    _, kl, _ = student_terms(policy, ragged_batch(), 0.8)
-    assert kl.count_nonzero() == 0  # at step 0 exactly, not merely small
 
 
 # ------------------------------------------------------------------- Step 2 - rollouts
@@ -435,8 +332,7 @@ PROBS = torch.tensor([0.05, 0.4, 0.1, 0.3, 0.15])
     (0.8, 1.0, {0, 1, 2, 3, 4}), (1.0, 1.0, {0, 1, 2, 3, 4}), (1.0, 0.94, {1, 2, 3, 4}),
     (1.0, 0.71, {1, 3, 4}), (1.0, 0.69, {1, 3}), (1.0, 0.41, {1, 3}), (1.0, 0.39, {1}),
     (1.0, 0.01, {1}), (0.5, 0.55, {1})])
-def test_draws_follow_the_declared_probabilities_in_the_smallest_nucleus(temperature, top_p,
-                                                                         nucleus):
+def test_draws_follow_the_probabilities_in_the_smallest_nucleus(temperature, top_p, nucleus):
     """The token that crosses top_p belongs to it, and inside the odds stay as they were."""
     logits = PROBS.log().expand(50_000, -1)
     tokens = vcopd.draw(logits, temperature, top_p, vcopd.seeded("test"))
@@ -447,15 +343,17 @@ def test_draws_follow_the_declared_probabilities_in_the_smallest_nucleus(tempera
     assert (seen - inside / inside.sum()).abs().max() < 0.009  # at least four standard errors
 
 
-@pytest.mark.parametrize("vocab, spread", [(30, 3), (2000, 4), (2000, 0.1)])
-def test_the_nucleus_agrees_with_the_one_of_transformers(vocab, spread):
+@pytest.mark.parametrize("vocab, spread, least", [(30, 3, 9), (2000, 4, 60), (2000, 0.1, 1500)])
+def test_the_nucleus_agrees_with_the_one_of_transformers(vocab, spread, least):
     """An independent judge, also where the 256 most likely tokens hold the nucleus, or do not."""
     from transformers import TopPLogitsWarper
     logits = spread * torch.randn(200, vocab, generator=vcopd.seeded("logits"))
     allowed = TopPLogitsWarper(0.9)(None, logits).isfinite()
-    for seed in range(20):
-        tokens = vcopd.draw(logits, 1.0, 0.9, vcopd.seeded("test", seed))
-        assert allowed.gather(1, tokens[:, None]).all()
+    tokens = torch.stack([vcopd.draw(logits, 1.0, 0.9, vcopd.seeded("test", seed))
+                          for seed in range(20)], 1)  # (200, 20)
+    assert allowed.gather(1, tokens).all()
+    rank = (logits[:, None] > logits.gather(1, tokens)[:, :, None]).sum(-1)
+    assert least < rank.max()  # the unlikely ones are drawn, too
 
 
 @BOTH
@@ -475,58 +373,23 @@ def test_greedy_answers_with_cache_and_padding_equal_the_plain_argmax_loop(archi
     assert len(set(batch.mask.sum(1).tolist())) > 1  # rows did end at different times
 
 
-@BOTH
-def test_whole_texts_come_with_the_probability_that_the_model_gives_them(architecture):
-    """By enumeration of a language. Rows are dropped, a prompt padded: others do not notice."""
-    policy = tiny_policy(architecture, vocab=5, stop_ids=(0,), moved=0.3)
-    cfg = replace(TOY, temperature=0.8, top_p=1.0, max_new_tokens=2)
-    prompts, count = [[1, 3], [4, 1, 1, 2]], 50_000
-    batch = vcopd.sample(policy, policy.student, prompts, count, cfg, vcopd.seeded("test"))
-    for prompt, drawn in zip(prompts, batch.completion.split(count), strict=True):
-        texts = replace(language(), contexts=[prompt] * 25)
-        logps = torch.tensor(prefix_logps(policy, policy.student, texts, 0.8)).sum(1)
-        probs, (first, second) = logps.exp().view(5, 5), drawn.T
-        table = torch.bincount(5 * first + second * (first != 0), minlength=25).view(5, 5)
-        expected = count * torch.cat([probs[0].sum()[None], probs[1:].flatten()])
-        seen = torch.cat([table[0, :1], table[1:].flatten()])
-        assert seen.sum() == count
-        # 21 texts stop at token 0 or after two: the 0.999 quantile of chi-square is 45.3
-        assert ((seen - expected) ** 2 / expected).sum() < 45.3
-
-
 # ------------------------------------------------------------------- scoring
 
 @BOTH
 @pytest.mark.parametrize("temperature", [0.8, 1.0])
-@pytest.mark.parametrize("batch", [ragged_batch(), siblings()], ids=["strangers", "siblings"])
-def test_log_probs_equal_a_loop_over_prefixes(batch, architecture, temperature):
-    """No token is scored with its neighbour's distribution, and no answer reads another's."""
-    policy = tiny_policy(architecture, moved=0.3)
-    logps = scored(policy, policy.student, batch, temperature)
+@pytest.mark.parametrize("batch, rows", [(ragged_batch(), 4), (siblings(), 3)])
+def test_log_probs_equal_a_loop_over_prefixes(batch, rows, architecture, temperature, monkeypatch):
+    """No token is scored with its neighbour's distribution, and no answer reads another's, though
+    a prompt is read once for all its answers. Three tokens at a time meet the vocabulary."""
+    policy, seen = tiny_policy(architecture, moved=0.3), []
+    monkeypatch.setattr(vcopd, "LOGITS", 3 * len(VOCAB))
+    with policy.model.base_model.register_forward_pre_hook(
+            lambda module, inputs, options: seen.append(len(inputs[0])), with_kwargs=True):
+        logps = vcopd.log_probs(policy, policy.student, batch, temperature)
     expected = prefix_logps(policy, policy.student, batch, temperature)
     for row, mask, score in zip(logps, batch.mask, expected, strict=True):
         torch.testing.assert_close(row[mask].tolist(), score, atol=1e-4, rtol=1e-4)
-    assert logps[~batch.mask].count_nonzero() == 0
-
-
-@pytest.mark.parametrize("pack, rows, chunk", [(1024, 3, 99), (1024, 3, 3), (0, 6, 3), (0, 6, 1)])
-def test_neither_shared_prompts_nor_chunks_change_values_or_gradients(pack, rows, chunk,
-                                                                      monkeypatch):
-    """The prompt is read once for all its answers; each sends its gradient back through it."""
-    batch, seen = siblings(), []
-
-    def values_and_gradients(pack):
-        policy = replace(tiny_policy(moved=0.3), pack=pack)
-        policy.model.base_model.register_forward_pre_hook(
-            lambda module, inputs, options: seen.append(len(inputs[0])), with_kwargs=True)
-        terms = student_terms(policy, batch, 0.8)
-        (terms * torch.tensor([1.0, 2.0, 3.0])[:, None, None]).sum().backward()
-        return terms, [p.grad for p in adapter_parameters(policy.model, "policy")]
-
-    alone = values_and_gradients(0)
-    monkeypatch.setattr(vcopd, "LOGITS", chunk * len(VOCAB))  # of 21 tokens
-    torch.testing.assert_close(values_and_gradients(pack), alone, atol=1e-4, rtol=1e-4)
-    assert seen == [6, 6, rows, rows]  # in the forward passes of student and base
+    assert logps[~batch.mask].count_nonzero() == 0 and seen == [rows]
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -551,16 +414,16 @@ def test_token_terms_equal_those_of_torch_distributions(temperature, monkeypatch
 
 def test_the_token_kls_of_a_language_sum_to_the_kl_between_its_texts():
     """All 25 texts of 2 tokens: the exact KL(pi_theta || pi_ref), not its reverse, by summation."""
-    policy, texts = tiny_policy(vocab=5, moved=0.2), language()
-    student = text_logps(policy, policy.student, texts)
-    reference = text_logps(policy, vcopd.BASE, texts)
-    _, kl, entropy = student_terms(policy, texts, 1.0)
-    exact = (student.exp() * (student - reference)).sum()
+    policy, ids = tiny_policy(vocab=5, moved=0.2), torch.cartesian_prod(*[torch.arange(5)] * 2)
+    texts = vcopd.Batch([[1, 3]] * 25, ids, torch.ones_like(ids, dtype=torch.bool))
+    student, reference = (torch.tensor(prefix_logps(policy, role, texts, 1.0)).sum(1)
+                          for role in (policy.student, vcopd.BASE))
+    found = torch.tensor([vcopd.kl_and_entropy(policy, policy.student, vcopd.BASE, [
+        texts.rows(torch.tensor([i]))], TOY) for i in range(25)])  # the mean of 2 tokens
+    exact = [(student.exp() * (student - reference)).sum(), -(student.exp() * student).sum()]
+    torch.testing.assert_close(2 * student.exp() @ found, torch.stack(exact))
     reverse = (reference.exp() * (reference - student)).sum()
-    torch.testing.assert_close((student.exp()[:, None] * kl).sum(), exact)
-    torch.testing.assert_close((student.exp()[:, None] * entropy).sum(),
-                               -(student.exp() * student).sum())
-    assert abs(exact - reverse) > 0.01  # the two directions do differ here
+    assert abs(exact[0] - reverse) > 0.01  # the two directions do differ here
 
 
 def test_no_logits_are_kept_for_the_backward_pass():
@@ -576,28 +439,19 @@ def test_no_logits_are_kept_for_the_backward_pass():
         assert any(len(VOCAB) in shape for shape in kept)  # so the hook does see logits
 
 
-# ------------------------------------------------------------------- Step 3 - verdict
-
-def test_advantages_are_deviations_from_their_own_group_in_its_own_spread():
-    """(1, 0, 0, 0): mean 0.25, population std sqrt(3) / 4. (5, 9, 5, 9): mean 7, std 2. And the
-    mean of seven 0.1 need not be 0.1 in float32: the difference is noise, no verdict."""
-    for value, k in itertools.product((0.1, -1.0, 1 / 3), (1, 2, 7, 8)):
-        assert vcopd.group_advantage(torch.full((2 * k,), value), k).tolist() == [0.0] * 2 * k
+def test_advantages_are_deviations_from_their_own_group_in_its_own_spread(monkeypatch):
+    """(1, 0, 0, 0): mean 0.25, population std sqrt(3) / 4. (5, 9, 5, 9): mean 7, std 2. And where
+    a device adds up first, the mean of seven 0.1 need not be 0.1: that is noise, no verdict."""
     reward = torch.tensor([1.0, 0.0, 0.0, 0.0, 5.0, 9.0, 5.0, 9.0])
     std = math.sqrt(3) / 4 + 1e-4
     assert vcopd.group_advantage(reward, 4).tolist() == pytest.approx(
         [0.75 / std, *[-0.25 / std] * 3, *[-2 / 2.0001, 2 / 2.0001] * 2])
+    monkeypatch.setattr(torch, "std_mean", lambda x, *_, **__: (x[:, :1] * 0, x[:, :1] + 1e-8))
+    for value, k in itertools.product((0.1, -1.0, 1 / 3), (1, 2, 7, 8)):
+        assert vcopd.group_advantage(torch.full((2 * k,), value), k).tolist() == [0.0] * 2 * k
 
 
 # ------------------------------------------------------------------- Step 4 - hints
-
-def test_a_missing_or_misaligned_teacher_stops_the_run():
-    """A log-prob that is missing is not 0.0: that would say the teacher was certain."""
-    part = experience([1.0], [[0.0, 0.0]], [[0.0, 0.0]])
-    for gap in (None, torch.zeros(1, 1), torch.zeros(1, 3)):
-        with pytest.raises((AssertionError, AttributeError)):
-            vcopd.vcopd_loss(torch.zeros(3, 1, 2), replace(part, gap=gap), 0.0, 2, TOY)
-
 
 @pytest.mark.parametrize("gate, opened", [
     ("sigmoid", [0.1192, 0.5, 0.8808]), ("success", [0, 0, 1]),
@@ -633,8 +487,8 @@ def test_the_teacher_scores_the_students_very_ids_behind_the_hint(kind, most, co
     hinted = [policy.encode(tasks.privileged_prompt(e)) for e in examples]
     said = prefix_logps(teacher, role, replace(batch, contexts=hinted), 0.8)
     old = prefix_logps(policy, policy.student, batch, 0.8)
-    parts = read_by_all(policy, replace(TOY, micro_tokens=most), batch, (0.0, 1.0, 2.0, 3.0),
-                        examples)
+    cfg = replace(TOY, micro_tokens=most)
+    parts = vcopd.score(policy, batch, examples, torch.arange(4.0), cfg)
     assert len(parts) == count
     assert sorted(sum((part.index.tolist() for part in parts), [])) == [0, 1, 2, 3]
     for part in parts:
@@ -659,7 +513,7 @@ def test_the_hint_reaches_the_teacher_and_never_the_student(toy, monkeypatch):
         return scoring(policy, role, batch)
 
     monkeypatch.setattr(vcopd, "completion_hidden", spy)
-    train_step(policy, toy, toy.train[:4], fresh_state(policy, TOY), TOY)
+    train_step(policy, toy, TOY)
     hinted = [role for role, has_hint in seen if has_hint]
     assert hinted == [policy.reference] * 16  # each rollout once, not in every epoch
 
@@ -669,8 +523,7 @@ def test_the_hint_reaches_the_teacher_and_never_the_student(toy, monkeypatch):
 @pytest.mark.parametrize("advantage, ratio, objective, gradient", [
     (+1, 0.5, 0.5, 0.5), (+1, 1.0, 1.0, 1.0), (+1, 1.5, 1.2, 0.0),
     (-1, 0.5, -0.8, 0.0), (-1, 1.0, -1.0, -1.0), (-1, 1.5, -1.5, -1.5)])
-def test_the_clip_stops_a_token_that_has_gone_far_enough_and_no_other(advantage, ratio, objective,
-                                                                      gradient):
+def test_the_clip_stops_what_has_gone_far_enough(advantage, ratio, objective, gradient):
     """A good one 1.2 times as likely, a bad one 0.8 times. Else the gradient is ratio * A."""
     terms = torch.zeros(3, 1, 1)
     terms[0] = math.log(ratio)
@@ -693,8 +546,8 @@ def test_a_worked_example_on_paper():
         A_dense    1 + 0.2 * 0.731 * 0.5 =  1.073     1 - 0.2 * 0.731 * 0.223 =  0.967
                   -1 + 0.2 * 0.269 * 0.5 = -0.973    -1 - 0.2 * 0.269 * 0.223 = -1.012
 
-    The teacher's share in them is 0.068, 0.032, 0.026 and 0.012. On-policy the loss is minus their
-    mean, -0.0138. Later rho is 1.5 and 0.5 on the first tokens:
+    The teacher's share in them is 0.068, 0.032, 0.026 and 0.012, and the mean size of a gap 0.362.
+    On-policy the loss is minus their mean, -0.0138. Later rho is 1.5 and 0.5 on the first tokens:
 
         min(1.5 * 1.073, 1.2 * 1.073) = 1.288    min(0.5 * -0.973, 0.8 * -0.973) = -0.778
 
@@ -718,26 +571,11 @@ def test_a_worked_example_on_paper():
     later = old + torch.tensor([[1.5, 1.0], [0.5, 1.0]]).log()
     terms = torch.stack([later, torch.full((2, 2), 0.03), torch.full((2, 2), 2.0)])
     loss, info = vcopd.vcopd_loss(terms, part, 0.1, 4, cfg)
-    assert info["policy_loss"].item() == pytest.approx(-0.116, abs=1e-3)
-    assert info["ratio_clipped"].item() == 0.5
-    assert info["teacher_share"].item() == pytest.approx(0.034, abs=1e-3)
+    assert {name: value.item() for name, value in info.items()} == pytest.approx({
+        "policy_loss": -0.116, "kl": 0.03, "entropy": 2, "ratio_clipped": 0.5,
+        "teacher_share": 0.034, "gap": 0.362}, abs=1e-3)
     assert loss.item() == pytest.approx(-0.115, abs=1e-3)
     assert vcopd.total_loss(loss, 2.0, 0.1).item() == pytest.approx(0.096, abs=1e-3)
-
-
-def test_the_policy_gradient_is_that_of_the_expected_reward():
-    """Summed over all 25 texts: this settles sign, shift and log-derivative at once."""
-    policy, texts = tiny_policy(vocab=5, moved=0.2), language()
-    reward = torch.randn(25, generator=vcopd.seeded("reward"))
-    parameters = adapter_parameters(policy.model, "policy")
-    probs = text_logps(policy, policy.student, texts).exp()
-    climb = torch.autograd.grad((probs * reward).sum(), parameters)
-
-    terms = student_terms(policy, texts, 1.0)
-    part = experience((probs * reward).detach(), terms[0].detach(), torch.zeros(25, 2))
-    loss, _ = vcopd.vcopd_loss(terms, part, 0.0, 1, replace(TOY, entropy_coef=0.0))
-    descend = torch.autograd.grad(loss, parameters)
-    torch.testing.assert_close(descend, [-g for g in climb], atol=1e-5, rtol=1e-3)
 
 
 FULL = replace(TOY, kl_coef=0.5, entropy_coef=0.1, teacher_coef=1.0, gap_clip=0.5)
@@ -750,8 +588,8 @@ FULL = replace(TOY, kl_coef=0.5, entropy_coef=0.1, teacher_coef=1.0, gap_clip=0.
 @pytest.mark.parametrize("epoch", [1, 2])
 def test_autograd_agrees_with_finite_differences_of_the_whole_loss(cfg, epoch, monkeypatch):
     """A, D, the gate and pi_old are constants: a gradient through one of them shows here, and so
-    does a KL without gradient. In float64, on one entry of an A and one of a B.
-    """
+    does a KL without gradient. In float64, on one entry of an A and one of a B; in chunks."""
+    monkeypatch.setattr(vcopd, "LOGITS", 3 * len(VOCAB))
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     policy = tiny_policy("opt", moved=0.1)
     policy.model.double()  # the adapters too
@@ -775,13 +613,15 @@ def test_autograd_agrees_with_finite_differences_of_the_whole_loss(cfg, epoch, m
 
 
 def test_splitting_into_micro_batches_changes_neither_loss_nor_gradient():
-    """Means of means would weigh a short answer's tokens more. One row at a time, or all."""
+    """Means of means would weigh a short answer's tokens more. One row at a time, or all, packed:
+    the prompt is read once for its answers, and each sends its gradient back through it."""
     policy, results = tiny_policy(moved=0.2), []
-    for most, count in ((10_000, 1), (1, 4)):
+    for most, count in ((10_000, 1), (1, 6)):
         cfg = replace(FULL, micro_tokens=most)
         parts = read_by_all(policy, cfg)
         assert len(parts) == count
-        results.append(loss_and_gradient(policy, parts, cfg, ragged_batch()))
+        loss, gradient = loss_and_gradient(policy, parts, cfg, ragged_batch())
+        results.append((torch.tensor(loss), gradient))
     torch.testing.assert_close(*results)
 
 
@@ -795,16 +635,18 @@ def test_micro_batches_hold_every_row_once_and_the_model_never_sees_more_tokens(
     policy.model.base_model.register_forward_pre_hook(
         lambda module, inputs, options: seen.append(inputs[0].numel()), with_kwargs=True)
     groups = vcopd.micro_batches(policy, batch, most)
-    assert sorted(torch.cat(groups).tolist()) == list(range(len(batch.contexts)))
-    for index in groups:
-        vcopd.completion_hidden(policy, vcopd.BASE, batch.rows(index))
+    assert sorted(torch.cat([i for i, _ in groups]).tolist()) == list(range(len(batch.contexts)))
+    for index, part in groups:
+        assert part.answers() == batch.rows(index).answers()
+        vcopd.completion_hidden(policy, vcopd.BASE, part)
     assert all(tokens <= most or len(index) == 1
-               for tokens, index in zip(seen, groups, strict=True))
+               for tokens, (index, _) in zip(seen, groups, strict=True))
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
-def test_nothing_under_the_mask_can_poison_the_loss(poison):
-    """NaN * 0 is NaN: a masked value must be left out, not multiplied away."""
+def test_nothing_under_the_mask_can_poison_the_loss_and_no_gap_may_be_missing(poison):
+    """NaN * 0 is NaN: a masked value must be left out, not multiplied away. And a log-prob that is
+    missing is not 0.0: that would say the teacher was certain."""
     policy, batch = tiny_policy(moved=0.2), ragged_batch()
     terms = torch.where(batch.mask, student_terms(policy, batch, 0.8), poison)
     gap = torch.where(batch.mask, 0.1, poison)
@@ -813,30 +655,35 @@ def test_nothing_under_the_mask_can_poison_the_loss(poison):
     loss.backward()
     gradients = [p.grad for p in adapter_parameters(policy.model, "policy")]
     assert all(value.isfinite().all() for value in (loss, *info.values(), *gradients))
+    for gap in (None, torch.zeros(4, 1), torch.zeros(1, 6), torch.zeros(4, 7)):
+        with pytest.raises((AssertionError, AttributeError)):
+            vcopd.vcopd_loss(terms, replace(part, gap=gap), 0.0, 14, TOY)
 
 
-def test_on_a_bfloat16_base_probabilities_are_float32_and_the_first_ratio_exactly_one(toy):
-    """With a clip range of 0, one rounding error between pi_old and pi_theta would count."""
+def test_on_a_bfloat16_base_adapters_and_probabilities_are_float32_and_the_first_ratio_one(toy):
+    """A step of 1e-5 on a weight of 0.1 would vanish. With a clip range of 0, one rounding error
+    between pi_old and pi_theta would count. The head has no adapter, nor is a base weight free."""
     policy, ids = tiny_policy(dtype=torch.bfloat16, moved=0.1), torch.arange(len(VOCAB))
+    free = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
+    assert len(free) == 2 * 7 * 2  # of q, k, v, o, gate, up and down in each of 2 layers
+    assert all(name.endswith((".lora_A.policy", ".lora_B.policy")) for name in free)
+    assert {p.dtype for p in free.values()} == {torch.float32}
+    assert type(policy.model.get_output_embeddings()) is torch.nn.Linear
     hidden = torch.randn(32, generator=vcopd.seeded("test")).bfloat16().expand(len(ids), -1)
     logps = vcopd.token_logps(policy.model, 0.8, ids, hidden)
     assert logps.dtype == torch.float32
     assert logps.exp().sum().item() == pytest.approx(1, abs=1e-5)
     cfg = replace(TOY, epochs=1, ratio_clip=0.0)
-    metrics, _ = train_step(policy, toy, toy.train[:4], fresh_state(policy, cfg), cfg)
+    metrics, _ = train_step(policy, toy, cfg)
     assert metrics["ratio_clipped"] == 0
 
 
-def test_the_kl_guard_tightens_above_the_target_and_relaxes_below():
-    """22 in 100 updates above it leave the guard as it is: so the *average* KL settles below."""
-    cfg, rises = replace(TOY, kl_target=0.03), {20: 0.63, 22: 1.01, 24: 1.61}
-    for often, factor in rises.items():
-        kls = [0.1] * often + [0.0] * (100 - often)
-        found = functools.reduce(lambda beta, kl: vcopd.adapt_kl_coef(beta, kl, cfg), kls, 0.1)
-        assert found == pytest.approx(0.1 * factor, rel=0.01)
-    for kl_coef, kl, adapted in [(0.01, 0.031, 0.012), (0.01, 0.030, 0.0095), (10.0, 1.0, 10.0),
-                                 (1e-4, 0.0, 1e-4), (0.0, 1.0, 0.0)]:
-        assert vcopd.adapt_kl_coef(kl_coef, kl, cfg) == pytest.approx(adapted)
+@pytest.mark.parametrize("kl_coef, kl, adapted", [
+    (0.01, 0.031, 0.012), (0.01, 0.030, 0.0095), (10.0, 1.0, 10.0), (1e-4, 0.0, 1e-4), (0, 1, 0)])
+def test_the_kl_guard_tightens_above_the_target_and_relaxes_below(kl_coef, kl, adapted):
+    """Within its bounds, and 0 stays 0: switched off."""
+    found = vcopd.adapt_kl_coef(kl_coef, kl, replace(TOY, kl_target=0.03))
+    assert found == pytest.approx(adapted, rel=1e-9)
 
 
 # ------------------------------------------------------------------- Step 6 - replay
@@ -849,13 +696,14 @@ def test_replay_keeps_of_every_skill_the_best_and_among_equals_the_most_confiden
     anchors = [replace(example, skill=("easy", "hard")[i % 2])
                for i, example in enumerate(toy.anchors)]
     names = {tuple(policy.encode(e.prompt)): e.id for e in anchors}
-    every = vcopd.refresh_replay(policy, anchors, 0, replace(TOY, replay_keep=1.0))
+    every = vcopd.refresh_replay(policy, anchors, 5, replace(TOY, replay_keep=1.0))
     confidence = {names[tuple(context)]: sum(row) / len(row) for context, row in zip(
         every.contexts, prefix_logps(policy, policy.student, every, 0.8), strict=True)}
     easy, hard = (sorted((e.id for e in anchors if e.skill == skill), key=confidence.get)
                   for skill in ("easy", "hard"))
     passing = hard[0]  # the least likely of all that are hard
-    pool = vcopd.refresh_replay(policy, anchors, 0, TOY)
+    pool = vcopd.refresh_replay(policy, anchors, 5, TOY)
+    assert (easy[0], passing) == ("old4", "old5")  # not those that come first anyway
     assert sorted(names[tuple(context)] for context in pool.contexts) == sorted(
         [*easy[1:], passing, hard[2]])
     later = vcopd.refresh_replay(policy, anchors, 1, TOY)
@@ -879,18 +727,16 @@ def test_replay_is_its_share_of_the_batch(rows, share, monkeypatch):
 def test_sft_with_replay_is_the_same_mixture(toy, monkeypatch):
     """The control: (1 - r) of the demonstrations' likelihood and r of that of replay."""
     policy, cfg = tiny_policy(moved=0.3), replace(TOY, epochs=1)
-    state = fresh_state(policy, cfg)
-    state.replay = ragged_batch()
-    monkeypatch.setattr(vcopd, "optimizer_step", lambda *_: 0.0)
-    info, _ = vcopd.sft_step(policy, policy.student, toy.train[:2], state, cfg)
-    mixed = policy_gradient(policy)
+    state = replace(fresh_state(policy, cfg), replay=ragged_batch())
+    monkeypatch.setattr(vcopd, "optimizer_step", lambda *_: policy_gradient(policy))
+    info, mixed = vcopd.sft_step(policy, policy.student, toy.train[:2], state, cfg)
     batch = vcopd.solution_batch(policy, toy.train[:2])  # "aa", and where it ends
     assert batch.completion.tolist() == [[VOCAB.index("a")] * 2 + [EOS]] * 2 and batch.mask.all()
     vcopd.imitate(policy, policy.student, batch, cfg)
     demonstrations = policy_gradient(policy)
-    _, replayed = vcopd.imitate_replay(policy, state, 0, cfg)
-    assert info["replay_loss"] == replayed["replay_loss"] > 0
-    assert torch.allclose(mixed, 0.8 * demonstrations + policy_gradient(policy), atol=1e-6)
+    share, replayed = vcopd.imitate_replay(policy, state, 0, cfg)
+    assert info["replay_loss"] == replayed["replay_loss"] > 0 and share == 0.2
+    assert same(mixed, 0.8 * demonstrations + policy_gradient(policy))
 
 
 def test_replay_is_the_plain_likelihood_that_transformers_computes():
@@ -906,8 +752,9 @@ def test_replay_is_the_plain_likelihood_that_transformers_computes():
     assert vcopd.imitate(policy, policy.student, batch, TOY) == pytest.approx(expected.item())
     policy.model.zero_grad()
     parts = read_by_all(policy, TOY)
-    alone, both = (loss_and_gradient(policy, parts, TOY, rows)[0] for rows in (None, batch))
-    tempered = -sum(map(sum, prefix_logps(policy, policy.student, batch, 0.8))) / 14
+    first = batch.rows(torch.tensor([0]))
+    alone, both = (loss_and_gradient(policy, parts, TOY, rows)[0] for rows in (None, first))
+    tempered = -sum(*prefix_logps(policy, policy.student, first, 0.8)) / 4
     assert both == pytest.approx(0.8 * alone + 0.2 * tempered, abs=1e-4)  # r is 0.2
 
 
@@ -921,46 +768,31 @@ def test_training_makes_the_verifier_happier_and_leaves_the_base_untouched(toy):
     cfg = replace(TOY, rollouts=8, lr=0.02)
     before, state, rewards = adapter_bytes(policy, base=True), fresh_state(policy, cfg), []
     for _ in range(12):
-        examples = vcopd.examples_at(toy, state.step, cfg)
-        metrics, _ = train_step(policy, toy, examples, state, cfg)
-        rewards.append(metrics["reward"])
+        rewards.append(train_step(policy, toy, cfg, state)[0]["reward"])
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 1.2
     assert adapter_bytes(policy, base=True) == before
 
 
-@functools.cache
-def two_steps(cfg: vcopd.Config) -> dict[str, bytes]:
-    """The student's weights after two steps from the start."""
-    policy, task = tiny_policy(), toy_task()
-    state = fresh_state(policy, cfg)
-    for _ in range(2):
-        train_step(policy, task, vcopd.examples_at(task, state.step, cfg), state, cfg)
-    return adapter_bytes(policy)
-
-
-@pytest.mark.parametrize("option, value", [
-    ("seed", 0), ("temperature", 1.3), ("top_p", 0.3), ("max_new_tokens", 3), ("rollouts", 2),
-    ("seed", 1), ("teacher", "none"), ("teacher_coef", 0.5), ("gap_clip", 0.1), ("gate", "success"),
-    ("gate", "failure"), ("gate", "none"), ("lr", 2e-2), ("epochs", 1), ("ratio_clip", 0.01),
-    ("kl_coef", 1.0), ("kl_target", 9.0), ("entropy_coef", 0.1), ("max_grad_norm", 0.01),
-    ("replay_share", 0.5), ("replay_every", 1), ("replay_keep", 0.2), ("blind", True)])
-def test_every_option_changes_the_update_and_the_same_options_repeat_it(option, value, toy):
+def test_every_option_changes_the_update_and_the_same_options_repeat_it(toy):
     """An option that is accepted and does nothing makes an ablation that shows nothing."""
-    usual = replace(TOY, ratio_clip=0.05, kl_target=1e-4)
-    changed = replace(usual, **{option: value})
-    same = two_steps.__wrapped__(changed) == two_steps(usual)  # the first is never a cached one
-    assert same == (changed == usual)  # seed 0 is the usual one: bit by bit the same student
+    def two_steps(**changed) -> dict[str, bytes]:
+        cfg = replace(TOY, **{"ratio_clip": 0.05, "kl_target": 1e-4, **changed})
+        policy = tiny_policy()
+        state = fresh_state(policy, cfg)
+        for _ in range(2):
+            train_step(policy, toy, cfg, state)
+        return adapter_bytes(policy)
 
-
-def test_every_step_and_every_seed_draws_its_own_answers(toy):
-    """A generator that is started anew with one seed would sample the same answers for ever."""
-    policy, written = tiny_policy(), []
-    for step, seed in [(0, 0), (1, 0), (0, 1)]:
-        cfg = replace(TOY, seed=seed, lr=0.0)  # nobody learns
-        state = replace(fresh_state(policy, cfg), step=step)
-        _, samples = train_step(policy, toy, toy.train[:1], state, cfg)
-        written.append(tuple(record["answer"] for record in samples))
-    assert len(set(written)) == 3
+    usual = two_steps()
+    assert two_steps() == usual  # bit by bit the same student
+    for option, value in (
+            ("seed", 1), ("temperature", 1.3), ("top_p", 0.3), ("max_new_tokens", 3),
+            ("rollouts", 2), ("teacher", "none"), ("teacher_coef", 0.5), ("gap_clip", 0.1),
+            ("gate", "success"), ("gate", "failure"), ("gate", "none"), ("lr", 2e-2), ("epochs", 1),
+            ("ratio_clip", 0.01), ("kl_coef", 1.0), ("kl_target", 9.0), ("entropy_coef", 0.1),
+            ("max_grad_norm", 0.01), ("replay_share", 0.5), ("replay_every", 1),
+            ("replay_keep", 0.2), ("blind", True)):
+        assert two_steps(**{option: value}) != usual, option
 
 
 def test_each_epoch_takes_one_optimiser_step_on_the_whole_batch(toy):
@@ -968,42 +800,44 @@ def test_each_epoch_takes_one_optimiser_step_on_the_whole_batch(toy):
     policy = replace(tiny_policy(stop_ids=range(len(VOCAB))), pad_id=EOS)
     before, cfg = adapter_bytes(policy), replace(TOY, epochs=3, micro_tokens=1)
     state = fresh_state(policy, cfg)
-    metrics, _ = train_step(policy, toy, toy.train[:4], state, cfg)
+    metrics, _ = train_step(policy, toy, cfg, state)
     assert {int(entry["step"]) for entry in state.optimizer.state.values()} == {3}
-    assert (metrics["tokens"], metrics["truncated"]) == (16, 0)
-    assert math.isfinite(metrics["policy_loss"])
+    assert metrics["tokens"] == 16 and math.isfinite(metrics["policy_loss"])
     assert adapter_bytes(policy) != before
 
 
-@pytest.mark.parametrize("method", ["vcopd", "rl"])
-def test_where_the_verifier_has_no_opinion_the_teacher_alone_moves_the_student(method, toy,
-                                                                               monkeypatch):
-    """All groups are tied. Plain RL stands still then, and does not pay for a teacher."""
-    toy.verify = lambda example, answer: tasks.Verdict(  # another reward in each group
-        float(example.id[3:]), False, True, "test", {})
+def test_the_shares_of_a_step_on_paper():
+    """Three groups of two answers: one is tied, one answer never stops, two fail the same way."""
+    batch = siblings()
+    batch.completion[3, 2] = AB  # in place of its stop token
+    verdicts = [tasks.Verdict(reward, reason == "ok", formatted, reason, {})
+                for reward, formatted, reason in (
+                    (1.0, True, "ok"), (1.0, False, "ok"), (-1.0, True, "test 1: wrong value"),
+                    (-0.5, True, "test 12: timeout"), (0.5, True, "ok"), (0.25, True, "ok"))]
+    found = vcopd.rollout_metrics(tiny_policy(), batch, verdicts, replace(
+        TOY, prompts=3, rollouts=2))
+    assert found == {"reward": 1.25 / 6, "pass_rate": 4 / 6, "format_rate": 5 / 6, "tokens": 21,
+                     "truncated": 1 / 6, "tied_rollouts": 1 / 3, "reasons": {"ok": 4, "test": 2}}
+
+
+@pytest.mark.parametrize("method, sign", [("vcopd", 0), ("rl", 0), ("opd", 1)])
+def test_where_no_verdict_counts_only_the_teacher_moves_the_student(method, sign, toy, monkeypatch):
+    """All groups are tied, or nobody looks: two verifiers that disagree lead to the same student,
+    bit by bit. Plain RL stands still then, and does not pay for a teacher."""
     if method == "rl":
         monkeypatch.setattr(tasks, "privileged_prompt", None)  # calling it would raise
-    cfg = replace(TOY, method=method, replay_share=0.0, entropy_coef=0.0, kl_coef=0.0, epochs=1,
-                  **vcopd.METHODS[method])
-    policy = tiny_policy()
-    before = adapter_bytes(policy)
-    metrics, _ = train_step(policy, toy, toy.train[:4], fresh_state(policy, cfg), cfg)
-    assert metrics["tied_rollouts"] == 1
-    assert metrics["teacher_share"] == pytest.approx(1.0 if method == "vcopd" else 0.0)
-    assert (adapter_bytes(policy) != before) == (method == "vcopd")
-
-
-def test_blind_distillation_is_blind_to_the_verdict(toy):
-    """Two verifiers that disagree lead to the same student, bit by bit."""
-    cfg = replace(TOY, method="opd", **vcopd.METHODS["opd"])
-    students = []
-    for sign in (1, -1):
-        toy.verify = lambda example, answer, sign=sign: replace(
-            likes_a(example, answer), reward=float(sign * len(answer)))
+    cfg = replace(TOY, method=method, **{"replay_share": 0.0, "entropy_coef": 0.0, "kl_coef": 0.0,
+                                         "epochs": 1, **vcopd.METHODS[method]})
+    before, students = adapter_bytes(tiny_policy()), []
+    for factor in (sign, -sign):
+        toy.verify = lambda example, answer, factor=factor: tasks.Verdict(
+            float(example.id[3:]) + factor * len(answer), False, True, "test", {})
         policy = tiny_policy()
-        train_step(policy, toy, toy.train[:4], fresh_state(policy, cfg), cfg)
+        metrics, _ = train_step(policy, toy, cfg)
         students.append(adapter_bytes(policy))
-    assert students[0] == students[1]
+    assert (metrics["tied_rollouts"] == 1) == (sign == 0)
+    assert metrics["teacher_share"] == pytest.approx(0.0 if method == "rl" else 1.0)
+    assert students[0] == students[1] and (students[0] != before) == (method != "rl")
 
 
 def test_step_1_trains_its_own_adapter_which_then_stays_and_anchors_the_kl(toy):
@@ -1019,46 +853,35 @@ def test_step_1_trains_its_own_adapter_which_then_stays_and_anchors_the_kl(toy):
     assert all(layer.lora_B["format"].count_nonzero() for layer in layers)
     for epochs in (1, 2):
         cfg = replace(TOY, epochs=epochs)
-        metrics, _ = train_step(policy, toy, toy.train[:4], fresh_state(policy, cfg), cfg)
+        metrics, _ = train_step(policy, toy, cfg)
         assert (metrics["kl"] == 0) == (epochs == 1)  # of the last epoch, before its update
     after = adapter_bytes(policy)
     assert {n for n in after if after[n] != formatted[n]} == set(policy_before)
 
 
-def test_every_pass_over_the_data_sees_each_example_once_in_a_new_order(toy):
-    """12 examples, 4 a step: three steps are a pass."""
+def test_every_step_has_its_own_examples_and_answers(toy):
+    """Three steps are a pass. A generator started anew would sample the same answers for ever."""
     passes = [[e.id for step in range(3 * i, 3 * i + 3) for e in vcopd.examples_at(toy, step, TOY)]
               for i in range(2)]
     assert sorted(passes[0]) == sorted(passes[1]) == sorted(e.id for e in toy.train)
     assert passes[0] != passes[1]
-
-
-def run_steps(policy: vcopd.Policy, toy, state: vcopd.State, out: Path, **options) -> list[dict]:
-    """The shipped loop; returns its metrics."""
-    vcopd.train(policy, toy, state, out, replace(TOY, **options))
-    lines = (out / "metrics.jsonl").read_text("utf-8").splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def test_looking_at_held_out_problems_does_not_change_training(toy, tmp_path):
-    """Else every result would depend on how often one looked."""
-    runs = []
-    for eval_every in (1, 100):
-        out, policy = tmp_path / str(eval_every), tiny_policy()
-        out.mkdir()
-        metrics = run_steps(policy, toy, fresh_state(policy, TOY), out, eval_every=eval_every)
-        looked = ["eval_pass" in line for line in metrics]
-        metrics = [{key: value for key, value in line.items() if not key.startswith("eval_")}
-                   for line in metrics]
-        assert looked == [eval_every == 1] * 6
-        runs.append((metrics, adapter_bytes(policy)))
-    assert runs[0] == runs[1]
+    toy.train, policy, written = toy.train[:1], tiny_policy(), set()
+    for step, seed in [(0, 0), (1, 0), (0, 1)]:
+        cfg = replace(TOY, prompts=1, seed=seed, lr=0.0)  # nobody learns
+        state = replace(fresh_state(policy, cfg), step=step)
+        _, samples = train_step(policy, toy, cfg, state)
+        written.add(tuple(record["answer"] for record in samples))
+    assert len(written) == 3
 
 
 @pytest.mark.parametrize("step_1", [False, True])
-def test_three_steps_then_a_new_process_then_three_more_are_six_steps_bit_by_bit(
-        step_1, toy, tmp_path):
-    """Optimiser moments, beta, the replay pool, the format adapter, the data order: all resume."""
+def test_three_steps_then_a_new_process_then_three_are_six_steps(step_1, toy, tmp_path):
+    """Optimiser moments, beta, the replay pool, the format adapter, the data order: all resume.
+    And only one of the two looks at held-out problems: how often one looks changes nothing."""
+    def run_steps(policy: vcopd.Policy, state: vcopd.State, out: Path, **options) -> list[dict]:
+        vcopd.train(policy, toy, state, out, replace(TOY, **options))
+        return read(out / "metrics.jsonl")
+
     def start(out: Path) -> tuple[vcopd.Policy, vcopd.State]:
         out.mkdir()
         policy = tiny_policy()
@@ -1067,29 +890,28 @@ def test_three_steps_then_a_new_process_then_three_more_are_six_steps_bit_by_bit
         return policy, fresh_state(policy, TOY)
 
     straight, state = start(tmp_path / "straight")
-    expected = run_steps(straight, toy, state, tmp_path / "straight")
+    expected = run_steps(straight, state, tmp_path / "straight", eval_every=100)
 
     out = tmp_path / "resumed"
     first, state = start(out)
-    run_steps(first, toy, state, out, steps=3)
+    run_steps(first, state, out, steps=3, eval_every=1)
     second = tiny_policy()  # knows nothing of the first
     state = fresh_state(second, TOY)
     with pytest.raises(vcopd.RunError, match="resum"):  # to start anew in silence would mislead
         vcopd.load_checkpoint(tmp_path / "nothing", second, state, TOY)
     vcopd.load_checkpoint(out / "checkpoint", second, state, TOY)
     assert (state.step, second.reference) == (3, first.reference)
-    assert run_steps(second, toy, state, out) == expected
+    found = run_steps(second, state, out, eval_every=1)
+    looks = [{key: line.pop(key) for key in [*line] if key.startswith("eval_")} for line in found]
+    assert all(looks) and found == expected
     assert adapter_bytes(second) == adapter_bytes(straight)
 
 
-# =============================================================================================
-# Real models: checks, teachers, NF4, adapters in PEFT's format
-# =============================================================================================
+# Real models: checks, teachers, NF4, adapters in PEFT's format ===============================
 
-transformers = pytest.importorskip("transformers")
 CHATML = ("{% for m in messages %}<|user|>{{ m.content }}<|end|>{% endfor %}"
           "{% if add_generation_prompt %}<|assistant|>{% endif %}")
-SHAPE = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+SHAPE = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024,
          "eos_token_id": 0, "bos_token_id": None, "pad_token_id": 0}
 OPTIONS = {  # what an architecture adds to SHAPE, or has in its place
@@ -1098,17 +920,17 @@ OPTIONS = {  # what an architecture adds to SHAPE, or has in its place
 SUPPORTED = pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma2", "gpt2"])
 EXAMPLES = [tasks.Example("", "def f(x):", "return", "the secret"),
             tasks.Example("", "repair this: def f(x):\n    return", "return", "a hint")]
+SMALL = vcopd.Config(max_new_tokens=12)
 IDS = [7, 30, 80, 81, 200, 45, 9, 130, 22, 60]
 same = functools.partial(torch.allclose, atol=1e-5)  # but for rounding
 
 
 def small_tokenizer(bos: bool = False, template: str | None = CHATML, text: str = "def f(x):"):
     """Its end of text is no end of a turn; with `bos`, it writes that in front of everything."""
-    from tokenizers import processors
     tokenizer = vcopd.train_tokenizer([text], 298)
     tokenizer.add_special_tokens({"eos_token": "<|text|>", "bos_token": "<s>"})
     if bos:
-        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
             "<s> $A", None, [("<s>", tokenizer.bos_token_id)])
     tokenizer.chat_template = template
     return tokenizer
@@ -1139,15 +961,10 @@ def base(models) -> Path:
     return models("llama")
 
 
-def config(model: str | Path, **options) -> vcopd.Config:
-    """Small sizes, and float32."""
-    return vcopd.Config(**{"model": str(model), "device": "cpu", "lora_rank": 4, "lora_alpha": 8.0,
-                           "format_rank": 2, "max_new_tokens": 12, **options})
-
-
 def load(model: str | Path, **options) -> vcopd.Policy:
-    """Such a model in its roles."""
-    return vcopd.load_policy(config(model, **options), None)
+    """Such a model in its roles: small adapters, and float32."""
+    cfg = {"device": "cpu", "lora_rank": 4, "lora_alpha": 8.0, "format_rank": 2, **options}
+    return vcopd.load_policy(vcopd.Config(model=str(model), **cfg), None)
 
 
 def moved_policy(model: str | Path, **options) -> vcopd.Policy:
@@ -1174,15 +991,15 @@ def plain_logits(folder: Path, adapter: Path | None = None) -> torch.Tensor:
 def rollouts(policy: vcopd.Policy) -> vcopd.Batch:
     """Two answers to each of two prompts of different length."""
     prompts = [policy.encode(example.prompt) for example in EXAMPLES]
-    return vcopd.sample(policy, policy.student, prompts, 2, config(""), vcopd.seeded("rollouts"))
+    return vcopd.sample(policy, policy.student, prompts, 2, SMALL, vcopd.seeded("rollouts"))
 
 
 @SUPPORTED
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
 def test_the_exported_adapter_has_the_logits_of_the_student(kind, quantize, models, tmp_path):
     """Format and policy adapter leave as one, also from a base in four bits."""
-    if (kind, quantize) == ("gpt2", "nf4"):
-        pytest.skip("refused by name, as tested below")
+    if quantize == "nf4" and (kind != "llama" or not importlib.util.find_spec("bitsandbytes")):
+        pytest.skip("on a CPU bitsandbytes packs no layers of odd sizes")
     policy = moved_policy(models(kind), quantize=quantize)
     before, reference, ours = (model_logits(policy, role, IDS) for role in (
         vcopd.BASE, policy.reference, policy.student))
@@ -1198,10 +1015,10 @@ def test_the_exported_adapter_has_the_logits_of_the_student(kind, quantize, mode
 def peft_folder(base: Path, folder: Path, **options) -> Path:
     """An adapter as PEFT writes it, with weights that do something."""
     peft = pytest.importorskip("peft")
-    settings = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj", "down_proj"],
-                "task_type": "CAUSAL_LM", **options}
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
-    model = peft.get_peft_model(model, peft.LoraConfig(**settings))
+    model = peft.get_peft_model(model, peft.LoraConfig(**{
+        "r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj", "down_proj"],
+        "task_type": "CAUSAL_LM", **options}))
     torch.manual_seed(1)
     for name, weight in model.named_parameters():
         if "lora_B" in name:
@@ -1231,15 +1048,14 @@ def test_a_peft_folder_is_a_specialist_teacher_or_where_training_starts(options,
 
 
 @SUPPORTED
-def test_a_stronger_teacher_has_no_gap_to_itself_unless_its_template_is_another(
-        kind, models, monkeypatch):
+def test_a_teacher_has_no_gap_to_itself_but_through_its_template(kind, models, monkeypatch):
     """Exactly 0 on every token: contexts are aligned, and each is asked in the form it knows."""
     policy = load(models(kind), teacher=str(models(kind)))
     monkeypatch.setattr(tasks, "privileged_prompt", lambda example: example.prompt)
     batch, rows = rollouts(policy), [example for example in EXAMPLES for _ in range(2)]
     for template, gap in ((CHATML, False), (CHATML.replace("<|user|>", "<|user|>Please: "), True)):
         policy.teacher[0].tokenizer.chat_template = template
-        for part in vcopd.score(policy, batch, rows, torch.zeros(4), config("")):
+        for part in vcopd.score(policy, batch, rows, torch.zeros(4), SMALL):
             assert part.gap.any() == gap
 
 
@@ -1250,6 +1066,12 @@ def test_special_tokens_are_those_that_chat_models_know(tmp_path):
     assert policy.stop_ids.tolist() == [text, end, 3]
     batch = vcopd.solution_batch(policy, EXAMPLES[:1])
     assert batch.completion[0, -1] == text and policy.decode(batch) == ["return"]
+    code = "def f():\n    return '<|end|>' + '<|user|>'"  # else it is judged as other code
+    batch = vcopd.solution_batch(policy, [replace(EXAMPLES[0], reference=code)])
+    assert end not in batch.completion and policy.decode(batch) == [code]
+    for word in ("end", "<|end|> and <|user|>"):  # no prompt can end its own turn
+        ids = policy.encode(f"say {word} twice")
+        assert (ids.count(end), ids.count(policy.encode("x")[0])) == (1, 1)
     # Qwen3 would think for longer than the longest answer
     policy.tokenizer.chat_template += "{% if enable_thinking is sameas(false) %}!{% endif %}"
     assert policy.tokenizer.decode(policy.encode("Q")).endswith("<|assistant|>!")
@@ -1280,31 +1102,10 @@ def test_recomputed_layers_give_the_same_gradients(kind, models):
     assert gradients[0].abs().max() > 0 and torch.equal(*gradients)
 
 
-@pytest.mark.parametrize(("out", "inp", "dtype", "atol"), [
-    (7, 25, torch.float32, 1e-6), (256, 512, torch.bfloat16, 1e-3)])
-def test_nf4_is_the_nearest_quantile_times_the_largest_weight_of_its_block(out, inp, dtype, atol):
-    """Dettmers et al.: by a search over all sixteen; zeros stay zero, odd sizes are padded."""
-    ends = [torch.linspace(0.9677083, 0.5, count)[:-1] for count in (9, 8)]
-    positive, negative = (torch.special.ndtri(end) for end in ends)
-    codes = torch.cat([positive, -negative, torch.zeros(1)]) / positive[0]
-    layer = torch.nn.Linear(inp, out).to(dtype)
-    layer.weight.data.flatten()[:64] = 0
-    packed = vcopd.NF4Linear(layer)
-    layer.bias.data.zero_()
-    weight = packed(torch.eye(inp, dtype=dtype)).T
-    got, flat = weight.flatten().float(), layer.weight.detach().flatten().float()
-    assert got[:64].abs().max() == 0 and weight.dtype == dtype
-    for block, ours in zip(flat.split(64), got.split(64), strict=True):
-        nearest = (block[:, None] - codes * block.abs().max()).abs().min(1).values
-        assert torch.allclose((block - ours).abs(), nearest, atol=atol)
-    layer.bias.data.fill_(1)
-    assert torch.equal(packed(torch.zeros(1, inp, dtype=dtype)), torch.ones(1, out, dtype=dtype))
-
-
 # ------------------------------------------------- whole runs of a second, and how to disturb them
 
 EDITS = functools.cache(tasks.TASKS["codeedit"])
-CTRL_C = [signal.SIGINT]
+CTRL_C, read = [signal.SIGINT], vcopd.read_json
 
 
 def small_sums() -> tasks.Task:
@@ -1353,23 +1154,14 @@ def options(base: str | Path, out: Path, *more: str) -> list[str]:
             "--format-threshold", "0", "--replay-every", "3", *more]
 
 
-def again(base: Path, out: Path, *more: str) -> list[str]:
-    """How to go on with a run, wherever it was left."""
-    return ["--resume", str(out)] if (out / "config.json").exists() else options(base, out, *more)
-
-
 def run(arguments: list[str]) -> int:
     """What `python vcopd.py ARGUMENTS` does, in this process: its exit code."""
+    if arguments[0] == "--plot":
+        return vcopd.main(vcopd.Config(), False, arguments[1:])
     try:
         return vcopd.main(*vcopd.read_config(arguments))
     except SystemExit as stop:
         return stop.code
-
-
-def read(path: Path):
-    """The JSON in a file, or the list of its lines."""
-    text = path.read_text("utf-8")
-    return [*map(json.loads, text.splitlines())] if path.suffix == ".jsonl" else json.loads(text)
 
 
 def results(out: Path) -> tuple:
@@ -1383,7 +1175,7 @@ def forked(function, *args) -> int:
     """Call it in a process that can die without harm: the id of that."""
     pid = os.fork()
     if pid == 0:
-        tasks.pool.cache_clear()  # the judge's servers belong to the parent
+        tasks.IDLE.queue[:] = [tasks.Server(), tasks.Server()]  # those we have are the parent's
         try:
             os._exit(function(*args) or 0)
         except BaseException:
@@ -1392,28 +1184,30 @@ def forked(function, *args) -> int:
 
 
 def disturbed(owner, name: str, nth: int, trouble):
-    """That function; when it is called for the nth time, an error or a list of signals comes."""
+    """That function, but its nth call brings an error, a list of signals, or NaN."""
     function, calls = getattr(owner, name), itertools.count(1)
 
-    def called(*args):
-        if next(calls) == nth:
-            if isinstance(trouble, Exception):
-                raise trouble
-            for number in trouble:
-                os.kill(os.getpid(), number)
-        return function(*args)
+    def called(*args, **named):
+        if next(calls) != nth:
+            return function(*args, **named)
+        if isinstance(trouble, Exception):
+            raise trouble
+        for number in trouble if isinstance(trouble, list) else ():
+            os.kill(os.getpid(), number)
+        return function(*args) * math.nan if trouble is math.nan else function(*args)
 
     return called
 
 
-def spoilt(folder: Path, name: str, *damages: bytes | None):
-    """Do each damage in turn to a file, None for a missing one; then mend it."""
-    data = (folder / name).read_bytes()
-    for damage in damages:
+def refused(capsys, folder: Path, arguments: list[str], damages: dict[str, list], words="") -> None:
+    """Each damage, None is a missing file, is one sentence with these words or the folder."""
+    for name, damage in [(name, one) for name, several in damages.items() for one in several]:
+        data = (folder / name).read_bytes()
         (folder / name).unlink()
         if damage is not None:
             (folder / name).write_bytes(damage)
-        yield damage
+        assert run(arguments) == 2, (name, damage)
+        assert (words or str(folder)) in one_error(capsys), (name, damage)
         (folder / name).write_bytes(data)
 
 
@@ -1424,162 +1218,188 @@ def one_error(capsys) -> str:
     return line
 
 
+FULL_DISK = OSError(errno.ENOSPC, "no space")
+KNOBS = ("out of memory: --resume DIR with a lower --micro-tokens, or start anew with fewer "
+         "--prompts, --max-new-tokens, --rollouts, --lora-rank")  # the first costs nothing but time
+
+
 # The writes of a run: config and checkpoint 0; metrics and samples of each step, and a checkpoint
 # of every second one; adapter, its config, and the report.
-@pytest.mark.parametrize(("method", "full", "killed"), [
-    ("vcopd", 1, 2), ("vcopd", 2, 1), ("vcopd", 3, 3), ("vcopd", 5, 4), ("vcopd", 14, 5),
-    ("vcopd", 17, 4), ("vcopd", 18, 2), ("sft", 9, 6)])
-def test_a_full_disk_and_a_kill_while_writing_change_no_result(
-        method, full, killed, base, whole, small, tmp_path, monkeypatch, capsys):
-    """One sentence; SIGKILL in the continuation; then the same results to the last bit."""
-    out, more = tmp_path / "run", ("--method", method)
+@pytest.mark.parametrize("method, where, nth, trouble, says, killed", [
+    *(("vcopd", "open", nth, FULL_DISK, "no space", killed) for nth, killed in (
+        (1, 2), (2, 1), (3, 3), (5, 4), (14, 5), (17, 4), (18, 2))),
+    *(("vcopd", where, nth, CTRL_C, "vcopd.py --resume DIR", 0) for where, nth in (
+        ("sample", 2), ("evaluate", 1), ("refresh_replay", 2), ("evaluate", 2))),
+    ("sft", "open", 9, FULL_DISK, "no space", 6),
+    ("sft", "token_mean", 8, math.nan, "step 4, on the examples ", 0),
+    *(("vcopd", "group_advantage", 3, error, KNOBS, 0) for error in (
+        MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"))),
+    ("vcopd", "load_policy", 1, CTRL_C, "same command again", 0),
+    ("vcopd", "score", 3, [signal.SIGTERM], "vcopd.py --resume DIR", 4),
+    ("vcopd", "score", 3, CTRL_C * 2, "vcopd.py --resume DIR", 3)])
+def test_whatever_stops_a_run_anywhere_it_goes_on_to_the_same_end(
+        method, where, nth, trouble, says, killed, base, whole, small, tmp_path, monkeypatch,
+        capsys):
+    """One sentence if disk or memory is full or a loss not finite. Ctrl-C acts after the step, or
+    at once when pressed twice: large models take minutes. SIGKILL may come in the continuation."""
+    out, handler, more = tmp_path / "run", signal.default_int_handler, ("--method", method)
+    signals = trouble if type(trouble) is list else []
+    monkeypatch.setattr(vcopd, "open", open, raising=False)  # whatever is written goes through it
+    signal.signal(signal.SIGINT, handler)  # in the background of a shell it would be ignored
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", disturbed(os, "fsync", full, OSError(errno.ENOSPC, "no space")))
-        assert run(options(base, out, *more)) == 2
-    assert "no space" in one_error(capsys)
+        patch.setattr(vcopd, where, disturbed(vcopd, where, nth, trouble))
+        assert run(options(base, out, *more)) == (130 if signals else 2)
+    said = capsys.readouterr().out if signals else one_error(capsys)
+    assert says.replace("DIR", str(out)) in said and signal.getsignal(signal.SIGINT) is handler
     assert not list(out.glob("**/*.new")) and not (out / "report.json").exists()
+    assert where != "score" or read(out / "metrics.jsonl")[-1]["step"] == 4 - len(signals)
+
+    def again() -> list[str]:
+        begun = (out / "config.json").exists()
+        return ["--resume", str(out)] if begun else options(base, out, *more)
 
     def run_and_die() -> int:
-        os.fsync = disturbed(os, "fsync", killed, [signal.SIGKILL])
-        return run(again(base, out, *more))
+        vcopd.open = disturbed(vcopd, "open", killed, [signal.SIGKILL])
+        return run(again())
 
-    assert os.waitpid(forked(run_and_die), 0)[1] == signal.SIGKILL
-    assert run(again(base, out, *more)) == 0
+    assert not killed or os.waitpid(forked(run_and_die), 0)[1] == signal.SIGKILL
+    assert run(again()) == 0
     assert results(out) == results(whole[method])
 
 
-@pytest.mark.parametrize(("where", "nth", "signals"), [
-    ("load_policy", 1, CTRL_C), ("sample", 1, CTRL_C), ("evaluate", 1, CTRL_C),
-    ("score", 3, [signal.SIGTERM]), ("score", 3, CTRL_C * 2), ("refresh_replay", 2, CTRL_C),
-    ("evaluate", 2, CTRL_C)])
-def test_ctrl_c_or_sigterm_anywhere_leaves_a_run_that_goes_on_to_the_same_end(
-        where, nth, signals, base, whole, small, tmp_path, monkeypatch, capsys):
-    """After the step, or at once when pressed twice: a step of a large model takes minutes."""
-    out, handler = tmp_path / "run", signal.default_int_handler
-    signal.signal(signal.SIGINT, handler)  # in the background of a shell it would be ignored
-    with monkeypatch.context() as patch:
-        patch.setattr(vcopd, where, disturbed(vcopd, where, nth, signals))
-        assert run(options(base, out)) == 130
-    promise = "same command again" if where == "load_policy" else f"vcopd.py --resume {out}"
-    assert promise in capsys.readouterr().out and signal.getsignal(signal.SIGINT) is handler
-    assert where != "score" or read(out / "metrics.jsonl")[-1]["step"] == 4 - len(signals)
-    assert run(again(base, out)) == 0
-    assert results(out) == results(whole["vcopd"])
-
-
-def test_a_finished_run_is_kept_can_be_prolonged_and_gives_way_to_no_other(
-        base, whole, done, tmp_path, capsys):
+def test_a_finished_run_is_kept_and_can_be_prolonged(base, whole, done, tmp_path, capsys):
     """--resume in a script's loop must end; somebody forgets --out after changing --lr."""
     assert run(["--resume", str(done)]) == 0
     assert "is finished" in capsys.readouterr().out
     assert run(options(base, done, "--lr", "0.02")) == 2
     assert "--out" in one_error(capsys)
-    for _ in spoilt(done, "report.json", None, b"{}"):  # unfinished, or finished: the same again
-        assert run(options(base, done)) == 2
-        assert f"--resume {done}" in one_error(capsys)
+    refused(capsys, done, options(base, done), {"report.json": [None, b"{}"]}, f"--resume {done}")
     assert results(done) == results(whole["vcopd"])
     assert run(["--resume", str(done), "--steps", "8"]) == 0
     assert run(options(base, tmp_path / "straight", "--steps", "8")) == 0
     assert results(done) == results(tmp_path / "straight")
 
 
-def test_a_loss_that_is_not_finite_stops_with_step_and_examples(
-        base, whole, small, tmp_path, monkeypatch, capsys):
-    """Step 4 is not taken, whichever epoch fails: the run goes on from the checkpoint before."""
-    out, token_mean = tmp_path / "run", vcopd.token_mean
-    factors = itertools.chain([1] * (2 * 3 + 1), [math.nan])
-    with monkeypatch.context() as patch:
-        patch.setattr(vcopd, "token_mean", lambda *args: next(factors) * token_mean(*args))
-        assert run(options(base, out, "--method", "sft")) == 2
-    assert "step 4, on the examples " in one_error(capsys)
-    assert run(["--resume", str(out)]) == 0
-    assert results(out) == results(whole["sft"])
-
-
-@pytest.mark.parametrize("error", [
-    MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
-    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")])
-def test_out_of_memory_names_the_knobs_in_order(error, base, small, tmp_path, monkeypatch, capsys):
-    """The first costs nothing but time; the last ones change the experiment."""
-    monkeypatch.setattr(vcopd, "score", disturbed(vcopd, "score", 1, error))
-    assert run(options(base, tmp_path / "run")) == 2
-    message = one_error(capsys)
-    knobs = ["--micro-tokens", "--prompts", "--max-new-tokens", "--rollouts", "--lora-rank"]
-    assert sorted(knobs, key=message.index) == knobs
-    monkeypatch.setattr(vcopd, "score", None)  # a defect of ours: a traceback is right
-    with pytest.raises(TypeError):
-        run(["--resume", str(tmp_path / "run"), "--micro-tokens", "64"])
-
-
 # ------------------------------------------------- other commands
 
 @pytest.fixture
 def files(tmp_path) -> Path:
-    """A folder of data: good, with a hopeless row, with a long prompt; a benchmark; and others."""
-    row = {"id": "a", "buggy": "def f(x):\n    return x", "entry_point": "f",
-           "reference": "def f(x):\n    return x + 1", "tests": [{"args": [1], "expected": 2}]}
-    hopeless = {**row, "id": "b", "tests": [{"args": [1], "expected": 9}]}
-    far = {**row, "id": "far", "buggy": "def f(x):\n" + "    x = x - 1\n" * 300 + "    return x"}
-    program = {"task_id": "H/0", "prompt": 'def h(x):\n    """Add one."""\n', "entry_point": "h",
-               "canonical_solution": "    return x + 1",
-               "test": "def check(candidate):\n    assert candidate(2) == 3"}
-    for name, rows in {"good": [row], "bad": [row, hopeless, 3], "long": [far], "text": [3],
-                       "bench": [program]}.items():
+    """A folder of data: with hopeless and too long rows; a benchmark; and others."""
+    hopeless = own(id="b", tests=[{"args": [[1, 2], 0], "expected": 9}])
+    far = own(id="far", buggy=BUGGY.replace("    return", "    result -= 1\n" * 300 + "    return"))
+    for name, rows in {"bad": [OWN, hopeless, 3, far], "long": [far], "text": [3],
+                       "bench": [RAW]}.items():
         (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "odd/metrics.jsonl").mkdir(parents=True)
     return tmp_path
 
 
-def test_eval_only_scores_an_adapter_on_data_files_and_trains_nothing(base, small, files, capsys):
-    """The same table, without a before; the KL says how far the adapter is from its base."""
-    vcopd.export_adapter(files / "adapter", moved_policy(base))
-    assert run(["--model", str(files / "adapter"), "--eval-only", "--eval-data",
-                str(files / "good"), "--benchmark", str(files / "bench"), "--max-new-tokens", "8",
-                "--device", "cpu", "--out", str(files / "run")]) == 0
-    scores = read(files / "run/report.json")["scores"]
-    assert scores["in_domain"]["pass@1"] == 0 and scores["kl_to_base"] > 0.001
-    assert "programs" in scores["general"]
-    assert {path.name for path in (files / "run").iterdir()} == {"config.json", "report.json"}
-    assert "in_domain pass@1" in capsys.readouterr().out
-
-
-def test_a_quantised_run_completes_and_its_results_load(small, monkeypatch, tmp_path):
-    """Built-in model, NF4, Step 1, training and adapter: the whole way."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setitem(vcopd.SHAPE, "hidden_size", 32)
+def test_a_quantised_run_completes_and_its_adapter_is_scored_on_data_files(
+        small, files, monkeypatch, capsys):
+    """Built-in model, NF4, Step 1, training, adapter; then the same table without a before."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(files))
+    pytest.importorskip("bitsandbytes")
+    sizes = {**vcopd.SHAPE, "hidden_size": 64, "intermediate_size": 128}
+    monkeypatch.setattr(vcopd, "SHAPE", sizes)
     monkeypatch.setattr(vcopd, "SHORTER", {"arithmetic": {"documents": 60, "steps": 2}})
-    assert run(options("tiny", tmp_path / "run", "--quantize", "nf4", "--format-threshold", "1",
+    assert run(options("tiny", files / "run", "--quantize", "nf4", "--format-threshold", "1",
                        "--format-examples", "4")) == 0
-    assert load(tmp_path / "run/adapter", quantize="nf4").reference == ("start",)
-    assert read(tmp_path / "run/report.json")["environment"]["trained_parameters"] > 0
-
-
-@pytest.mark.parametrize(("command", "said"), [
-    ("--inspect", "A_dense"), ("--bench", "peak memory")])
-def test_inspect_and_bench_leave_no_file(command, said, small, base, tmp_path, monkeypatch, capsys):
-    """To look must be safe, beside a run and in any folder; a pipe gets no colours."""
-    monkeypatch.chdir(tmp_path)
-    assert run(["--model", str(base), "--task", "arithmetic", "--prompts", "2", "--rollouts", "2",
-                "--max-new-tokens", "6", command]) == 0
-    printed = capsys.readouterr().out
-    assert not list(tmp_path.iterdir()) and "\x1b" not in printed and re.search(said, printed)
-
-
-def test_check_tells_what_one_needs_before_training_and_bad_rows_can_be_left_out(
-        base, small, files, capsys):
-    """--check reads all rows; a run stops at the first, or leaves them out and says so."""
-    data = ["--data", str(files / "bad"), "--skip-bad-rows"]
-    arguments = ["--model", str(base), "--max-new-tokens", "6", "--eval-problems", "2",
-                 "--rollouts", "2", "--check"]
-    assert [run([*arguments, *data[:2]]), run([*arguments, *data])] == [0, 0]
+    report = read(files / "run/report.json")  # before is before Step 1
+    assert report["before"]["kl_to_base"] == 0 < report["after"]["kl_to_reference"]
+    assert report["after"]["pass@1_of_teacher"] == report["before"]["pass@1_of_teacher"]
+    capsys.readouterr()
+    assert run(["--model", str(files / "run/adapter"), "--quantize", "nf4", "--device", "cpu",
+                "--eval-only", "--eval-data", str(files / "bad"), "--skip-bad-rows", "--benchmark",
+                str(files / "bench"), "--max-new-tokens", "8", "--out", str(files / "test")]) == 0
+    scores = read(files / "test/report.json")["scores"]
+    assert scores["in_domain"]["pass@1"] == 0 and scores["kl_to_base"] > 0.001
     told = capsys.readouterr().out
-    for part in (f"{data[1]}: 1 rows work, 2 do not",
-                 'line 2: id "b": its reference must pass', "line 3: expected a JSON object",
-                 "Longest prompt with its hint: ", "over --max-new-tokens 6: 1",
-                 "0% of 2 answers are well-formed", "the base solves 1 never, 0 sometimes"):
-        assert told.count(part) == 2
-    assert run(options(base, files / "run", "--task", "codeedit", "--steps", "1", *data)) == 0
-    assert "1 rows work, 2 do not" in capsys.readouterr().out
+    assert "programs" in scores["general"] and "in_domain pass@1" in told
+    assert "2 rows work, 2 do not" in told  # left out, and it is said so; so is one too long
+    assert {path.name for path in (files / "test").iterdir()} == {"config.json", "report.json"}
+
+
+@pytest.mark.parametrize("kind, trained, beyond", [
+    ("llama", 8192, {}), ("mixtral", 3584, {"MixtralExperts": 393216, "MixtralTopKRouter": 1024})])
+def test_what_is_trained_is_counted_and_what_lora_cannot_reach(kind, trained, beyond, models):
+    """On paper: rank 4 takes 4 (in + out) of a layer. Experts are tensors; a norm is no matrix."""
+    policy = load(models(kind))
+    vcopd.adapter_optimizer(policy.model, "policy", 0.1)
+    facts = vcopd.environment(policy)
+    assert (facts["trained_parameters"], facts["out_of_reach_of_lora"]) == (trained, beyond)
+
+
+@pytest.mark.parametrize("line, parts", [
+    ("--inspect --task arithmetic", ["A_dense"]), ("--bench --task arithmetic", ["peak memory"])])
+def test_commands_that_look_leave_no_file(line, parts, small, base, files, monkeypatch, capsys):
+    """Safe beside a run and in any folder; a pipe gets no colours."""
+    monkeypatch.chdir(files / "odd/metrics.jsonl")  # an empty folder
+    assert run([*line.replace("DIR", str(files)).split(), "--model", str(base), "--prompts", "2",
+                "--rollouts", "2", "--max-new-tokens", "6", "--eval-problems", "2"]) == 0
+    told = capsys.readouterr().out.replace(str(files), "DIR")
+    assert not list(Path().iterdir()) and "\x1b" not in told
+    assert [told.count(part) > 0 for part in parts] == [True] * len(parts)
+
+
+@pytest.mark.parametrize("role", [("format",), ("format", "policy")], ids=["before", "after"])
+def test_each_number_of_a_report_is_of_the_right_role_and_prompts(role, toy, monkeypatch):
+    """On paper: a batch is who was asked what, and a KL is of whom to whom on which batches."""
+    policy = replace(tiny_policy(), reference=("format",), specialist=("teacher",))
+    passing = {(role, "new", 0, False): (1,), (role, "new", 1, False): (1, 3, 4, 5, 6, 7),
+               (role, "new", 0, True): (0, 1), (("teacher",), "new", 0, True): (1, 2, 3, 4),
+               (policy.student, "val", 0, False): (1, 2, 3)}  # which of the answers are right
+
+    def answer(policy, role, examples, k, temperature, cfg, verify=None):
+        who = (role, examples[0].id[:3], temperature, "z" in examples[0].prompt)
+        return [who], [f"{who[1]} {i}" for i in range(5)], [
+            tasks.Verdict(0.5, True, True, "ok", {"excess_edit": 0.2})
+            if i in passing.get(who, ()) else
+            tasks.Verdict(-1.0, False, i % 2 == 0, "x", {"excess_edit": 9.0})
+            for i in range(k * len(examples))]
+
+    monkeypatch.setattr(vcopd, "answer", answer)
+    monkeypatch.setattr(vcopd, "old_skills", lambda policy, role, task, problems, cfg: {
+        "old": role, "chance": problems, "passes": {}})
+    monkeypatch.setattr(vcopd, "kl_and_entropy", lambda policy, p, q, batches, cfg: [
+        (p, q, batches), (p, batches)])
+    toy.edit_metrics, toy.benchmark = ("excess_edit",), "benchmark"
+    visited = [(role, "new", 1, False)]
+    assert vcopd.evaluate(policy, toy, role, TOY) == {
+        "in_domain": {"pass@1": 0.2, "pass@k": 0.4, "reward": -0.55, "format": 0.7,
+                      "excess_edit": pytest.approx(0.2), "passes": [0, 1, 0, 0, 0],
+                      "answers": [f"new {i}" for i in range(5)]},
+        "general": {"old": role, "chance": "benchmark", "passes": {}},
+        "kl_to_base": (role, (), visited), "entropy": (role, visited),
+        "kl_from_base": ((), role, [((), "new", 1, False)]),
+        "kl_to_reference": (role, policy.reference, visited), "pass@1_with_hint": 0.4,
+        "entropy_anchors": (role, [(role, "old", 1, False)]),
+        **({} if role == policy.student else {"pass@1_of_teacher": 0.8})}  # it does not change
+    assert vcopd.look(policy, toy, TOY) == {
+        "eval_pass": 0.6, "eval_reward": -0.1, "eval_format": 1.0, "eval_chance": [],
+        "eval_old": policy.student,
+        "eval_kl": (policy.student, (), [(policy.student, "val", 1, False)]),
+        "eval_kl_from_base": ((), policy.student, [((), "val", 1, False)])}
+
+
+@pytest.mark.parametrize("broken, change", [
+    ("", {}), ("", {"excess_edit": None}), ("pass rate up", {"passes": [1] * 2 + [0] * 98}),
+    ("general benchmark kept", {"old": 0.879}), ("KL within budget", {"kl_to_base": 0.051}),
+    ("entropy kept", {"entropy": 0.59}), ("entropy kept", {"entropy_anchors": 0.79}),
+    ("extra edits not up", {"excess_edit": 0.101})])
+def test_a_run_has_improved_if_every_condition_of_the_essay_holds(broken, change):
+    """Each just holds, and is then broken alone. What nothing passed has no edits to compare."""
+    def scores(passes, old, excess_edit, **others) -> dict:
+        return {"in_domain": {"passes": passes, "pass@1": 0.5, "excess_edit": excess_edit},
+                "general": {"old": old}, **others}
+
+    before = scores([0] * 100, 0.9, 0.1, entropy=2.0, entropy_anchors=1.0)
+    after = {"passes": [1] * 9 + [0] * 91, "old": 0.881, "excess_edit": 0.1, "kl_to_base": 0.05,
+             "entropy": 0.6, "entropy_anchors": 0.8, "kl_from_base": 9.0}
+    verdict = vcopd.judge_run(before, scores(**after | change), vcopd.Config(kl_budget=0.05))
+    assert verdict["improved"] is (not broken)
+    assert "".join(n for n, c in verdict["conditions"].items() if not c["holds"]) == broken
+    assert len(verdict["conditions"]) == 5 - ("excess_edit" in change and not broken)
 
 
 def test_the_interval_over_seeds_and_problems_is_that_of_all_resamples():
@@ -1624,8 +1444,7 @@ def test_old_skills_are_counted_by_kind_and_by_the_chance_of_the_reference(toy, 
     assert vcopd.old_skills(policy, (), toy, [], TOY)["old"] == 0.0
 
 
-def test_a_comparison_runs_every_method_at_every_rate_alike(
-        small, base, tmp_path, capsys, monkeypatch):
+def test_a_comparison_treats_all_methods_alike(small, base, tmp_path, capsys, monkeypatch):
     """No method may have more steps, other rates or other seeds, and a rate is chosen by looks."""
     monkeypatch.setattr(vcopd, "RATES", (0.5, 1.0))
     out = tmp_path / "all"
@@ -1662,13 +1481,10 @@ def test_ablations_that_were_cut_short_go_on(small, base, whole, tmp_path, monke
     assert run(arguments) == 0  # step 6 and the six of the other run, not one more
     for name in ("metrics.jsonl", "samples.jsonl", "adapter/adapter_model.safetensors"):
         assert (out / "vcopd 0.01-s0" / name).read_bytes() == (whole["vcopd"] / name).read_bytes()
-    assert list(read(out / "table.json")["results"]) == [
-        "base arithmetic", "vcopd", "no replay"]
+    assert list(read(out / "table.json")["results"]) == ["base arithmetic", "vcopd", "no replay"]
     assert run([*arguments, "--kl-coef", "0.5"]) == 2  # half a run under other options is none
     assert "other options" in one_error(capsys)
-    for _ in spoilt(out / "vcopd 0.01-s0", "report.json", b"{"):
-        assert run(arguments) == 2
-        assert "cannot be used" in one_error(capsys)
+    refused(capsys, out / "vcopd 0.01-s0", arguments, {"report.json": [b"{"]})
 
 
 def test_the_lines_of_a_comparison_are_the_best_for_at_most_that_loss():
@@ -1686,8 +1502,7 @@ def test_the_lines_of_a_comparison_are_the_best_for_at_most_that_loss():
     assert panels[5].containers[0][0].get_ydata() == pytest.approx([0.5, 0.6, 0.8])
 
 
-def test_plot_draws_runs_and_comparisons_in_the_first_folder_or_says_why_not(
-        whole, done, tmp_path, monkeypatch, capsys):
+def test_plot_draws_runs_and_comparisons(whole, done, tmp_path, monkeypatch, capsys):
     """Once in a real process, which has no screen; then folders that are missing or damaged."""
     pytest.importorskip("matplotlib")
     table, looks = tmp_path / "all", [[{"step": 0, "eval_pass": 0.5, "eval_kl": 0.0}]] * 2
@@ -1698,28 +1513,21 @@ def test_plot_draws_runs_and_comparisons_in_the_first_folder_or_says_why_not(
     assert (drawn.returncode, drawn.stdout) == (0, f"The picture is {table / 'plot.png'}\n")
     assert (table / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert results(done) == results(whole["vcopd"]) and not (done / "plot.png").exists()
-
-    def refused(*folders: Path) -> str:
-        with pytest.raises((OSError, vcopd.RunError)) as error:
-            vcopd.plot([*map(str, folders)])
-        return f"{error.value} {capsys.readouterr().err}"
-
-    assert str(tmp_path / "none") in refused(done, tmp_path / "none")
-    for damage in spoilt(done, "metrics.jsonl", None, b"3", b'{"step": 1, "kl": null}',
-                         b'{"step": 1, "kl"', b"[" * 99999):
-        assert str(done) in refused(done), damage
-    for damage in spoilt(table, "table.json", b"", b"[]", b"{}"):
-        assert str(table) in refused(table), damage
-    labels = []  # every panel of every run
+    labels, one, none = [], ["--plot", str(done)], str(tmp_path / "none")
     with monkeypatch.context() as patch:
         patch.setattr("matplotlib.axes.Axes.plot", lambda *_, label: labels.append(label))
-        vcopd.plot([str(done)] * 2)
-    assert labels == [str(done)] * 12
+        assert run([*one, str(done)]) == 0
+    assert labels == [str(done)] * 12  # every panel of every run
+    refused(capsys, done, one, {"metrics.jsonl": [
+        None, b"3", b'{"step": 1, "kl": null}', b'{"step": 1, "kl"', b"[" * 99999]})
+    refused(capsys, table, ["--plot", str(table)], {"table.json": [b"", b"[]", b"{}"]})
     (done / "plot.png").unlink()
     (done / "plot.png").mkdir()
-    assert str(done / "plot.png") in refused(done)
+    assert run(one) == 2 and str(done / "plot.png") in one_error(capsys)
+    assert run([*one, none]) == 2 and none in one_error(capsys)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # an extra: nothing else needs it
-    assert "--plot cannot be used" in (told := refused(done)) and "pip install matplotlib" in told
+    assert run(one) == 2 and "used (import of matplotlib.figure halted" in (told := one_error(
+        capsys)) and "pip install matplotlib" in told
 
 
 # ------------------------------------------------- bad input: one sentence, exit code 2
@@ -1747,10 +1555,10 @@ def test_no_option_takes_a_value_out_of_its_range(capsys):
     ("--resume DIR/run --steps 4", "step 6 is saved, beyond --steps 4"),
     ("--method rl --teacher-coef 1", "--teacher-coef contradicts --method rl"),
     ("--compare --method sft", "contradicts --compare"), ("--ablations --teacher none", "need a"),
-    ("--check --bench", "not allowed with"),
+    ("--inspect --bench", "not allowed with"),
     ("--compare --teacher none", "need a teacher"), ("--eval-only --steps 3", "contradicts --e"),
     ("--method opd --teacher none", "need a teacher"), ("--method rl --rollouts 1", "--rollouts 1"),
-    ("--teacher none --rollouts 1", "--rollouts 1"), ("RUN --data x", "--data and --eval-data are"),
+    ("--teacher none --rollouts 1", "--rollouts 1"), ("RUN --data x", "x cannot be read"),
     ("RUN --out DIR/text", "DIR/text"), ("RUN --out DIR/text/run", "DIR/text/run"),
     ("RUN --out DIR/odd", "DIR/odd"),
     ("RUN --model no/such/model", "no/such/model cannot be used "),
@@ -1761,8 +1569,7 @@ def test_no_option_takes_a_value_out_of_its_range(capsys):
     ("RUN --task codeedit --data DIR/bad", 'DIR/bad line 2: id "b": its reference must pass'),
     ("RUN --task codeedit --data DIR/long", "far with its hint has"),
     ("RANKS --prompts 3", "--prompts 3 must be a multiple"), ("RANKS --device cuda:1", "or cpu")])
-def test_what_cannot_work_is_one_sentence_that_names_it(
-        line, words, base, done, files, monkeypatch, capsys):
+def test_what_cannot_work_is_one_sentence(line, words, base, done, files, monkeypatch, capsys):
     """Before anything is trained; permissions are left out, as root has them all."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (done / "report.json").unlink()
@@ -1779,18 +1586,15 @@ def test_what_cannot_work_is_one_sentence_that_names_it(
 
 
 @pytest.mark.parametrize(("kind", "adapter", "words"), [
-    ("cohere", None, "cohere is not supported: .*logits"), ("bert", None, "bert"),
-    ("granite", None, "granite is not supported"), ("gpt2", None, "mat1 and mat2"),
     ("no end", None, "no end-of-sequence token"), ("other text", None, "every token by"),
     ("llama", {"use_dora": True}, "magnitude.* is of no linear"),
     ("llama", {"modules_to_save": ["lm_head"]}, "lm_head.* is of no linear"),
     ("llama", {"init_lora_weights": "olora"}, "init_lora_weights is 'olora'"),
     ("llama", {"alpha_pattern": {"v_proj": 2}}, "alpha_pattern"),
     ("other size", {}, "down_proj has other sizes")])
-def test_a_model_or_adapter_that_is_not_supported_is_refused_by_name(
-        kind, adapter, words, base, tmp_path):
+def test_what_is_not_supported_is_refused_by_name(kind, adapter, words, base, tmp_path):
     """Else it would be trained wrongly, or a wrong teacher that nobody notices."""
-    tokenizer, size = small_tokenizer(text=kind), 64 if kind == "other size" else 48
+    tokenizer, size = small_tokenizer(text=kind), 64 if kind == "other size" else 128
     tokenizer.eos_token = None if kind == "no end" else tokenizer.eos_token
     folder = save_small(tmp_path / "model", "llama" if " " in kind else kind, tokenizer,
                         intermediate_size=size)
@@ -1799,7 +1603,7 @@ def test_a_model_or_adapter_that_is_not_supported_is_refused_by_name(
     teaching = adapter is not None or kind == "other text"
     model, teacher = (base, str(folder)) if teaching else (folder, "self")
     with pytest.raises(vcopd.RunError, match=words):
-        load(model, teacher=teacher, quantize="nf4" if kind == "gpt2" else "none")
+        load(model, teacher=teacher)
 
 
 def test_a_damaged_model_or_adapter_folder_is_one_sentence(base, whole, small, tmp_path, capsys):
@@ -1808,57 +1612,51 @@ def test_a_damaged_model_or_adapter_folder_is_one_sentence(base, whole, small, t
              whole["vcopd"] / "adapter": ["adapter_config.json", "adapter_model.safetensors"]}
     for source, files in names.items():
         folder = shutil.copytree(source, tmp_path / source.name)
-        for name in files:
-            half = (folder / name).read_bytes()[:(folder / name).stat().st_size // 2]
-            for damage in spoilt(folder, name, None, b"", b"[]", b"\xff" * 99, half):
-                assert run(options(folder, tmp_path / "out")) == 2, (name, damage)
-                assert str(folder) in one_error(capsys)
+        halves = {name: (folder / name).read_bytes()[:(folder / name).stat().st_size // 2]
+                  for name in files}
+        refused(capsys, folder, options(folder, tmp_path / "out"), {
+            name: [None, b"", b"[]", b"\xff" * 99, half] for name, half in halves.items()})
     larger = json.dumps({**read(base / "config.json"), "num_hidden_layers": 3})
     (tmp_path / base.name / "config.json").write_text(larger)
     with pytest.raises(vcopd.RunError, match="no weights for model.layers.2"):
         load(tmp_path / base.name)
 
 
-def test_a_damaged_run_folder_is_one_sentence(whole, done, capsys):
+def test_a_damaged_run_folder_is_one_sentence(whole, done, monkeypatch, capsys):
     """Config, metrics and checkpoints: cut, empty, of another kind, of another run."""
     (done / "report.json").unlink()
     held, state = read(done / "config.json"), (done / "checkpoint/state.pt").read_bytes()
-    configs = [json.dumps({**held, "lora_rank": 3})]
-    configs += ["", "{}", "[]", "nul", "\xff", "[" * 99999, configs[0][:-9]]
-    for name, damages in {"config.json": [text.encode("latin-1") for text in configs],
-                          "metrics.jsonl": [None, b"", b"{}\n", b"\xff\n"],
-                          "checkpoint/state.pt": [state[:-20], b"", b"{}"]}.items():
-        for damage in spoilt(done, name, *damages):
-            assert run(["--resume", str(done)]) == 2, (name, damage)
-            assert str(done) in one_error(capsys)
+    other = json.dumps({**held, "lora_rank": 3}).encode()
+    refused(capsys, done, ["--resume", str(done)], {
+        "config.json": [other, b"", b"{}", b"[]", b"nul", b"\xff", b"[" * 99999, other[:-9]],
+        "metrics.jsonl": [None, b"", b"{}\n", b"\xff\n"],
+        "checkpoint/state.pt": [state[:-20], b"", b"{}"]})
+    with monkeypatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr(vcopd, "evaluate", None)  # a defect of ours: a traceback is right
+        run(["--resume", str(done)])
     assert run(["--resume", str(done)]) == 0  # all of it could be mended
     assert results(done) == results(whole["vcopd"])
 
 
-# ------------------------------------------------- several processes
-
-def on_two_ranks(arguments: list[str]) -> list[int]:
-    """Two processes as torchrun starts them: how they end."""
-    with socket.create_server(("localhost", 0)) as free:
-        port = str(free.getsockname()[1])
-
-    def as_rank(number: str) -> int:
+@pytest.mark.parametrize("method", ["vcopd", "sft"])
+def test_two_ranks_that_stop_and_go_on_equal_one_process(method, base, small, tmp_path, capfd):
+    """With Step 1, replay and evaluation. A small nucleus is greedy: all draw the same answers."""
+    def as_rank(number: str, port: int, arguments: list[str]) -> int:  # as torchrun starts it
         os.environ.update(TORCHELASTIC_RUN_ID="x", WORLD_SIZE="2", RANK=number, LOCAL_RANK=number,
-                          MASTER_ADDR="localhost", MASTER_PORT=port)
+                          MASTER_ADDR="localhost", MASTER_PORT=str(port))
         return run(arguments)
 
-    children = [forked(as_rank, number) for number in "01"]
-    return [os.waitpid(child, 0)[1] for child in children]
-
-
-@pytest.mark.parametrize("method", ["vcopd", "sft"])
-def test_two_ranks_that_stop_and_go_on_take_the_steps_of_one_process(method, base, small, tmp_path):
-    """With Step 1, replay and evaluation. A small nucleus is greedy: all draw the same answers."""
     more = ["--method", method, "--format-threshold", "1", "--top-p", "0.01", "--lr", "0.003",
             "--format-examples", "4", *(["--replay-share", "0.5"] if method == "vcopd" else [])]
     assert run(options(base, tmp_path / "one", *more)) == 0
-    assert on_two_ranks(options(base, tmp_path / "two", *more, "--steps", "4")) == [0, 0]
-    assert on_two_ranks(["--resume", str(tmp_path / "two"), "--steps", "6"]) == [0, 0]
+    for line in (options(base, tmp_path / "two", *more, "--steps", "4"),
+                 ["--resume", str(tmp_path / "two"), "--steps", "6"]):
+        capfd.readouterr()
+        with socket.create_server(("localhost", 0)) as free:
+            port = free.getsockname()[1]
+        children = [forked(as_rank, number, port, line) for number in "01"]
+        assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+        assert capfd.readouterr().out.count("Verdict:") == 1  # rank 0 speaks for both
     one, two = (read(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     for ours, theirs in zip(two, one, strict=True):
         assert ours.pop("reasons", None) == theirs.pop("reasons", None)
@@ -1866,19 +1664,7 @@ def test_two_ranks_that_stop_and_go_on_take_the_steps_of_one_process(method, bas
         assert ours == pytest.approx(theirs, rel=1e-2, abs=1e-6)
 
 
-def test_torchrun_meets_and_speaks_with_one_voice(base, tmp_path):
-    """The real launcher; what is printed and written is rank 0's."""
-    met = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         vcopd.__file__, *options(base, tmp_path / "run", "--steps", "1")],
-        text=True, capture_output=True)
-    assert (met.returncode, met.stdout.count("Verdict:")) == (0, 1), met.stderr
-    assert [line["step"] for line in read(tmp_path / "run/metrics.jsonl")] == [0, 1]
-
-
-# =============================================================================================
-# The judge: what hostile candidates try, by group, and what must be left of it
-# =============================================================================================
+# The judge: what hostile candidates try, by group, and what must be left of it ===============
 
 ADDITION = [([2, 3], 5), ([10, -4], 6), ([0, 0], 0), ([-7, 7], 0), ([1, 10**30], 10**30 + 1)]
 HONEST = "def f(a, b):\n    return a + b\n"
@@ -1886,22 +1672,13 @@ SCRIPT = "def check(f):\n    assert f(2, 3) == 5\n    assert f(10, -4) == 6\n\n\
 WRONG = "test 1: wrong value"
 
 
-@functools.cache
-def sandboxed() -> bool:
-    return "seccomp" in tasks.judge_layers()
-
-
-def reason_of(run, *job) -> str:
+def run_tests(*job, run=tasks.run_tests) -> str:
     """'' for a pass, else why not: short to compare with."""
-    if not sandboxed():
+    if "seccomp" not in tasks.judge_layers():
         pytest.skip("this machine has no seccomp filter")
     outcome = run(*job)
     assert outcome.passed is (outcome.reason == "ok")
     return "" if outcome.passed else outcome.reason
-
-
-def run_tests(*job) -> str:
-    return reason_of(tasks.run_tests, *job)
 
 
 def verdict(code: str, seconds: float = 0.5) -> str:
@@ -1910,7 +1687,7 @@ def verdict(code: str, seconds: float = 0.5) -> str:
 
 
 def script_verdict(code: str, script: str = SCRIPT) -> str:
-    return reason_of(tasks.run_script, code, "f", script, 0.5)
+    return run_tests(code, "f", script, 0.5, run=tasks.run_script)
 
 
 def in_threads(function, items) -> list:
@@ -1925,14 +1702,13 @@ def processes(*fields: str) -> list[list[str]]:
 
 
 def assert_unharmed() -> None:
-    """An honest check passes on each server. Only servers are left below us (at most two processes
-    per core), and no zombie."""
+    """An honest check passes on each server. Only servers are left below us, and no zombie."""
     assert in_threads(verdict, [HONEST] * 8) == [""] * 8
     rows, family = processes("pid", "ppid", "stat", "comm"), {str(os.getpid())}
     for _ in range(4):
         family |= {row[0] for row in rows if row[1] in family}
     left = [row for row in rows if row[1] in family and row[3] != "ps"]
-    assert len(left) <= 2 * tasks.pool().maxsize and not [r for r in left if "Z" in r[2]], left
+    assert len(left) <= 2 * tasks.IDLE.qsize() and not [r for r in left if "Z" in r[2]], left
 
 
 def test_every_builtin_value_survives_the_journey_both_ways():
@@ -1961,8 +1737,7 @@ VALUES = [  # what a candidate returns, what was expected, whether from JSON, wh
 
 
 @pytest.mark.parametrize("value, expected, from_json, equal", VALUES, ids=str)
-def test_values_are_compared_by_exact_type_and_floats_by_closeness(
-        value, expected, from_json, equal):
+def test_values_are_compared_by_type_and_floats_by_closeness(value, expected, from_json, equal):
     """Types that add nothing to a value are no error. JSON knows fewer types than Python, so only
     what came from it lets a tuple stand for a list and 14.0 for 14."""
     code = ("from collections import *\nP = namedtuple('P', 'x y')\nclass Lying(int):\n"
@@ -1985,20 +1760,9 @@ def f(a, b):
 """) == ""
 
 
-@pytest.mark.parametrize("judged_by", [verdict, script_verdict])
-@pytest.mark.parametrize("name", ["ok", "passed", "value", "True", ""])
-def test_an_exception_called_like_a_pass_is_none(name, judged_by):
-    """A verdict is never a word. Raised while loading, in a call, and named by a metaclass."""
-    raising = f"raise type({name!r}, (Exception,), {{}})"
-    named = f"class M(type):\n    __name__ = {name!r}\nclass E(Exception, metaclass=M): pass\n"
-    for code in (f"def f(a, b): return 0\n{raising}", f"def f(a, b): {raising}",
-                 f"{HONEST}{raising}", f"{named}def f(a, b): raise E"):
-        assert judged_by(code).startswith(("error: ", "test 1: error: "))
-
-
 def test_no_verifier_takes_a_word_for_a_pass(tmp_path):
     """The same on all the ways that training and evaluation take."""
-    [program] = tasks.load_benchmark(written(tmp_path, RAW))
+    [program] = load_benchmark(written(tmp_path, RAW))
     [scripted] = tasks.load_edits(written(tmp_path, RAW))
     coding = next(e for e in built("arithmetic").benchmark if e.skill == "coding")
     for example, verify, worst in ((sum_problem(), tasks.verify_edit, -1.0),
@@ -2032,6 +1796,13 @@ PATCHES = [
     "builtins.AssertionError = builtins.Exception = SystemExit",
     "sys._getframe(2).f_globals.update(encode=lambda v, d=0: '', fail=print)",
     "sys._getframe(2).f_globals['line_of'] = lambda m: b'[\"passed\"]\\n'"]
+FORGERIES = [
+    'b"true\\n"', "b'\"\"\\n'", "b'[]\\n'", "b'null'", "b'[\"passed\"]\\n'", "b'\"ok\"\\n'",
+    'b\'[["value", ["int", "0x5"]]]\\n\'', 'b\'[["fault", true]]\\n\'', 'b\'[["fault", ""]]\\n\'',
+    'b\'[["fault", ["passed"]]]\\n\'', 'b\'[["value", ["int", 5]]]\\n\'', 'b\'[["ok", "ok"]]\\n\'',
+    'b\'[["value", {"int": "0x5"}]]\\n\'', "b'[' * 500_000", "b'[' * 900 + b']' * 900",
+    "b'9' * 500_000", "b'\\xff\\xfe\\x00\\n'", "b'\"\\\\ud800\"\\n'", "b'\\x00\\x00\\x00\\x04true'",
+    "b'[]\\n' * 100_000"]
 LIARS = """
 import itertools
 from fractions import Fraction
@@ -2046,15 +1817,26 @@ class mock:
 
 
 @pytest.mark.parametrize("judged_by", [verdict, script_verdict])
-def test_leaving_lying_and_patching_change_no_verdict(judged_by):
-    """Groups A to C. Exit code 0 and silence mean nothing, only values count, rebuilt from exact
-    builtin types. A candidate owns its process, but what compares is not in it."""
+def test_leaving_lying_patching_and_forging_change_no_verdict(judged_by):
+    """Groups A to C and E. Exit code 0 and silence mean nothing, only values count, rebuilt from
+    exact types where no candidate is. Forged messages go to every descriptor, early and late."""
     codes = [code for line in LEAVING for code in (
         f"def f(a, b):\n    {line}\n", f"def f(a, b):\n    return 0\n{line}\n")]
     codes += [f"{LIARS}def f(a, b):\n    return {value}\n" for value in LYING]
     codes += [f"import builtins, json, math, os, sys\n{patch}\ndef f(a, b):\n    return 0\n"
               for patch in PATCHES]
+    for line, load in itertools.product(FORGERIES, ("shout()\n", "")):
+        shout = ("import os\ndef shout():\n    for fd in range(8):\n"
+                 f"        try: os.write(fd, {line})\n        except OSError: pass\n"
+                 "    os._exit(0)\n")
+        codes.append(f"{shout}{load}def f(a, b):\n    shout()\n")
     assert not [code for code in codes if not judged_by(code)]
+    for name in ("ok", "passed", "value", "True", ""):  # a verdict is never a word
+        raising = f"raise type({name!r}, (Exception,), {{}})"
+        named = f"class M(type):\n    __name__ = {name!r}\nclass E(Exception, metaclass=M): pass\n"
+        for code in (f"def f(a, b): return 0\n{raising}", f"def f(a, b): {raising}",
+                     f"{HONEST}{raising}", f"{named}def f(a, b): raise E"):
+            assert judged_by(code).startswith(("error: ", "test 1: error: "))
     assert_unharmed()
 
 
@@ -2074,7 +1856,7 @@ def f(needle):
     return needle[::-1] in repr(found) + repr(gc.get_objects())
 """
     sibling = "def f(x):\n    return 'a-siblings-answer'\n"
-    for _ in range(2 * tasks.pool().maxsize):
+    for _ in range(2 * tasks.IDLE.qsize()):
         assert run_tests(sibling, "f", [(["a-siblings-argument"], 6480297)])
     tests = [([needle[::-1]], found), ([needle[::-1]], 6480297)]
     assert run_tests(peek, "f", tests) == "test 2: wrong value"
@@ -2097,27 +1879,6 @@ def test_the_servers_program_is_no_task_verifier_or_judge(monkeypatch):
     assert run_tests(code, "f", [([], [True, 0, ["-c"]])]) == ""
 
 
-FORGERIES = [
-    'b"true\\n"', "b'\"\"\\n'", "b'[]\\n'", "b'null'", "b'[\"passed\"]\\n'", "b'\"ok\"\\n'",
-    'b\'[["value", ["int", "0x5"]]]\\n\'', 'b\'[["fault", true]]\\n\'', 'b\'[["fault", ""]]\\n\'',
-    'b\'[["fault", ["passed"]]]\\n\'', 'b\'[["value", ["int", 5]]]\\n\'', 'b\'[["ok", "ok"]]\\n\'',
-    'b\'[["value", {"int": "0x5"}]]\\n\'', "b'[' * 500_000", "b'[' * 900 + b']' * 900",
-    "b'9' * 500_000", "b'\\xff\\xfe\\x00\\n'", "b'\"\\\\ud800\"\\n'", "b'\\x00\\x00\\x00\\x04true'",
-    "b'[]\\n' * 100_000"]
-
-
-@pytest.mark.parametrize("judged_by", [verdict, script_verdict])
-@pytest.mark.parametrize("load", ["shout()\n", ""])
-def test_messages_a_candidate_writes_itself_are_never_a_pass(judged_by, load):
-    """Group E. On every descriptor, before or during the first call, leaving right after."""
-    for line in FORGERIES:
-        shout = ("import os\ndef shout():\n    for fd in range(8):\n"
-                 f"        try: os.write(fd, {line})\n        except OSError: pass\n"
-                 "    os._exit(0)\n")
-        assert judged_by(f"{shout}{load}def f(a, b):\n    shout()\n"), line
-    assert_unharmed()
-
-
 HOGS = [
     "while True: pass", "import time; time.sleep(9)", "os.read(3, 1); os.read(3, 1)",
     "import _thread; x = _thread.allocate_lock(); x.acquire(); x.acquire()",
@@ -2135,34 +1896,21 @@ HOGS = [
 BOMBS = ["x = " + "(" * 50_000, "x = " + "-" * 200_000 + "1", "x = " + "+".join(["1"] * 100_000)]
 
 
-def timed_verdict(code: str) -> tuple[str, float]:
-    start = time.monotonic()
-    return verdict(code), time.monotonic() - start
-
-
 def test_hogs_fail_within_their_limit():
     """Group F. Of CPU time, memory, output and, where they only wait, of wall time, which is five
     times as long. Parser bombs go off in the sandbox. Nothing is left running."""
+    def timed(code: str) -> tuple[str, float]:
+        start = time.monotonic()
+        return verdict(code), time.monotonic() - start
+
     head = "import os, signal, sys\nclass D:\n    def __del__(self):\n        while True: pass\n"
     codes = [f"{head}def f(a, b):\n    {hog}\n" for hog in HOGS]
     codes += [f"{bomb}\n{HONEST}" for bomb in BOMBS]
-    found = in_threads(timed_verdict, codes)
+    found = in_threads(timed, codes)
     assert all(reason and seconds < 8 for reason, seconds in found), found
     assert found[0][0] == found[3][0] == "timeout" and found[3][1] > 2.4
     assert not [bomb for bomb in BOMBS if tasks.parse_python(f"{bomb}\n{HONEST}")]
     assert_unharmed()
-
-
-def test_a_busy_machine_is_no_timeout():
-    """Half a second of work takes longer where others work too. Limits are CPU time."""
-    code = "import time\ndef f():\n    while time.process_time() < 0.5: pass\n    return 1\n"
-    spin = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
-    try:
-        assert run_tests(code, "f", [([], 1)], False, 1) == ""
-    finally:
-        for process in spin:
-            process.kill()
-            process.wait()
 
 
 READING = [
@@ -2220,7 +1968,7 @@ def test_no_state_helps_and_none_is_left():
                    "import math; math.pi = 3; math.floor = None", "import gc; gc.disable()",
                    "import sys; sys.setrecursionlimit(60)",
                    "import random; random.seed = random.random = None"):
-        for _ in range(2 * tasks.pool().maxsize):
+        for _ in range(2 * tasks.IDLE.qsize()):
             assert verdict(f"{poison}\ndef f(a, b): return None\n")
         code = "import math, random\nrandom.random()\n"
         assert verdict(code + "def f(a, b): return math.floor(a + b + len([]))\n") == ""
@@ -2231,29 +1979,6 @@ def test_no_state_helps_and_none_is_left():
     job = tasks.line_of(["candidate", code, "f"]) + b'[["f", ["list", true]]]\n'
     first, again = (tasks.run_job(job, 1.0, 1) for _ in range(2))
     assert first == again and first[0][0][0] == "value"
-
-
-@pytest.mark.parametrize("code, reason", [
-    ("", "error: no function f"), ("def g(a, b):\n    return a + b\n", "error: no function f"),
-    ("f = 5\n", "error: no function f"), ("def f(a, b:\n", "error: syntax error"),
-    ("def f(a, b):\n    return a + b\0\n", "error: syntax error"),
-    ("# \ud800\n" + HONEST, "error: syntax error"), ("\ufeff" + HONEST, "error: syntax error"),
-    (HONEST.replace("f(", "\u0192("), "error: no function f"),
-    (f"```python\n{HONEST}```\n```python\n{HONEST}```\n", "error: syntax error"),
-    ("raise ValueError\n" + HONEST, "error: ValueError"),
-    ("def f(a):\n    return a\n", "test 1: error: TypeError"),
-    ("async def f(a, b):\n    return a + b\n", "test 1: error: cannot send this coroutine"),
-    ("def f(a, b):\n    return a + b if a != 10 else 0\n", "test 2: wrong value"),
-    ("def f(a, b):\n    return f\n", "test 1: error: cannot send this function"),
-    ("def f(a, b):\n    return 'x' * 1_100_000\n", "error: too much output"),
-    ("def f(a, b):\n    return 'x' * 10**10\n", "test 1: error: MemoryError"),
-    ("def f(a, b):\n    raise type('a b\\n' * 99, (Exception,), {})\n",
-     "test 1: error: undecodable result")])
-def test_reasons_are_plain_and_name_the_first_failing_test(code, reason):
-    """Group I. And several threads that share the servers get their own verdicts."""
-    assert verdict(code, 2.0) == reason
-    longer = functools.partial(verdict, seconds=2.0)
-    assert in_threads(longer, [HONEST, code] * 2) == ["", reason] * 2
 
 
 PUBLISHED = """
@@ -2280,7 +2005,23 @@ REDEFINED = ("0\ndef abs(x): return 0\ndef near(x, y): return True\ndef check(c)
              "def __builtins__(): pass\ndef AssertionError(): pass")
 
 
-@pytest.mark.parametrize("body, script, reason", [
+REASONS = [
+    ("", "error: no function f"), ("def g(a, b):\n    return a + b\n", "error: no function f"),
+    ("f = 5\n", "error: no function f"), ("def f(a, b:\n", "error: syntax error"),
+    ("def f(a, b):\n    return a + b\0\n", "error: syntax error"),
+    ("# \ud800\n" + HONEST, "error: syntax error"), ("\ufeff" + HONEST, "error: syntax error"),
+    (HONEST.replace("f(", "\u0192("), "error: no function f"),
+    (f"```python\n{HONEST}```\n```python\n{HONEST}```\n", "error: syntax error"),
+    ("raise ValueError\n" + HONEST, "error: ValueError"),
+    ("def f(a):\n    return a\n", "test 1: error: TypeError"),
+    ("async def f(a, b):\n    return a + b\n", "test 1: error: cannot send this coroutine"),
+    ("def f(a, b):\n    return a + b if a != 10 else 0\n", "test 2: wrong value"),
+    ("def f(a, b):\n    return f\n", "test 1: error: cannot send this function"),
+    ("def f(a, b):\n    return 'x' * 1_100_000\n", "error: too much output"),
+    ("def f(a, b):\n    return 'x' * 10**10\n", "test 1: error: MemoryError"),
+    ("def f(a, b):\n    raise type('a b\\n' * 99, (Exception,), {})\n",
+     "test 1: error: undecodable result")]
+SCRIPTED = [  # bodies of f(x)
     ("return x / 2\ndef double(x): return 2 * x", PUBLISHED, ""),  # double is the candidate's
     ("return x // 2\ndef double(x): return 2 * x", PUBLISHED, "error: AssertionError"),
     ("return " + REDEFINED, HELPERS, "error: AssertionError"),     # else it could redefine assert
@@ -2290,23 +2031,30 @@ REDEFINED = ("0\ndef abs(x): return 0\ndef near(x, y): return True\ndef check(c)
     ("return b'\\xff'.decode('ascii')", BY_BASE, ""), ("return chr(-x)", BY_BASE, ""),
     ("return {}[x]", BY_BASE, "error: KeyError"), ("return x", "x = 1\n", "error: KeyError"),
     ("return x", "def check(c):\n    raise SystemExit(0)\n", "error: SystemExit"),
-    ("return x", "def check(c:\n", "error: SyntaxError")])
-def test_a_script_runs_as_published_and_nothing_else_ends_it_well(body, script, reason):
-    """Helpers, imports, metadata, a last line. It may expect an exception, also by its base class,
-    but StopIteration would silently end `map`, and no bare except can catch an early exit."""
-    assert script_verdict(f"def f(x):\n    {body}\n", script) == reason
+    ("return x", "def check(c:\n", "error: SyntaxError")]
+
+
+@pytest.mark.parametrize("judged_by, code, reason", [
+    *((functools.partial(verdict, seconds=2.0), *case) for case in REASONS),
+    *((functools.partial(script_verdict, script=script), f"def f(x):\n    {body}\n", reason)
+      for body, script, reason in SCRIPTED)])
+def test_reasons_are_plain_and_name_the_first_failing_test(judged_by, code, reason):
+    """Group I. A script runs as published. It may expect an exception, also by its base class, but
+    StopIteration would silently end `map`, and no bare except can catch an early exit."""
+    assert judged_by(code) == reason
+    assert in_threads(judged_by, [code] * 4) == [reason] * 4
 
 
 def test_a_server_that_dies_is_replaced_and_the_job_done_again(monkeypatch):
     """Group K. Killed while idle and killed at work. Dying twice means failure, not None; and so do
     no tests at all, while tests that cannot be sent are the caller's error."""
     assert verdict(HONEST) == ""
-    os.kill(tasks.pool().queue[-1].process.pid, signal.SIGKILL)
+    os.kill(tasks.IDLE.queue[-1].process.pid, signal.SIGKILL)
     assert verdict(HONEST) == ""
-    server = tasks.pool().queue[-1]
+    server = tasks.IDLE.queue[-1]
     threading.Timer(0.2, os.kill, (server.process.pid, signal.SIGKILL)).start()
     assert verdict("def f(a, b):\n    while True: pass\n") == "timeout"
-    real, servers = socket.send_fds, list(tasks.pool().queue)
+    real, servers = socket.send_fds, list(tasks.IDLE.queue)
 
     def lethal(control, buffers, fds):
         if tasks.START.unpack(buffers[0])[0] != tasks.START_SECONDS:
@@ -2325,32 +2073,25 @@ def test_a_server_that_dies_is_replaced_and_the_job_done_again(monkeypatch):
             tasks.run_tests(HONEST, "f", tests)
 
 
-def fresh_judge(monkeypatch, program: str) -> None:
-    """A judge of its own for one test, whose servers run `program`."""
-    monkeypatch.setattr(tasks, "pool", functools.cache(tasks.pool.__wrapped__))
-    monkeypatch.setattr(tasks, "server_program", lambda: program)
-
-
-@pytest.mark.parametrize("program", ["", "1/0", "print('[]')", "import time; time.sleep(60)"])
-def test_a_judge_that_cannot_start_is_an_error_not_a_reward(program, monkeypatch):
-    """Else a broken installation would quietly train on failures only."""
-    fresh_judge(monkeypatch, program)
-    monkeypatch.setattr(tasks, "START_SECONDS", 0.2)
-    with pytest.raises(tasks.UserError, match="did not start"):
-        tasks.run_tests(HONEST, "f", ADDITION)
-
-
-def test_without_a_filter_nothing_runs_unless_the_user_insists(monkeypatch):
-    """As on macOS. The server's table of system calls is emptied for this."""
+@pytest.mark.parametrize("program", ["", "1/0", "print('[]')", "import time; time.sleep(60)", None])
+def test_a_judge_that_cannot_start_or_lock_up_is_an_error_not_a_reward(
+        program, tmp_path, monkeypatch):
+    """Else a broken installation would quietly train on failures only. As on macOS, a server whose
+    table of system calls is empty runs nothing, unless the user insists."""
     text = tasks.server_program()
     blind = text.replace("in SYSCALLS:", "in ():").replace("not in ():", "in SYSCALLS:")
     assert "seccomp" in tasks.judge_layers() and blind != text
-    fresh_judge(monkeypatch, blind)
-    assert "seccomp" not in tasks.judge_layers()
-    with pytest.raises(tasks.UserError, match="unsafe-judge"):
+    monkeypatch.setattr(tasks, "IDLE", queue.LifoQueue())
+    tasks.IDLE.put(tasks.Server())
+    monkeypatch.setattr(tasks, "server_program", lambda: blind if program is None else program)
+    monkeypatch.setattr(tasks, "START_SECONDS", 0.2 if program is not None else 30)
+    monkeypatch.setattr(tasks, "UNSAFE_JUDGE", False)
+    with pytest.raises(tasks.UserError, match="unsafe-judge" if program is None else "not start"):
         tasks.run_tests(HONEST, "f", ADDITION)
-    monkeypatch.setattr(tasks, "UNSAFE_JUDGE", True)
-    assert tasks.run_tests(HONEST, "f", ADDITION).passed
+    if program is None:
+        monkeypatch.setattr(vcopd, "run", lambda *_: tasks.run_tests(HONEST, "f", ADDITION))
+        unsafe = ["--unsafe-judge", "--task", "arithmetic", "--out", str(tmp_path)]
+        assert "seccomp" not in tasks.judge_layers() and run(unsafe) == 0
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, None])
@@ -2359,7 +2100,7 @@ def test_no_process_outlives_the_trainer(how):
     hang = 'tasks.run_tests("def f():\\n    while True: pass", "f", [([], 1)], seconds=5.0)'
     program = (f"import sys\nsys.path.insert(0, {str(Path(tasks.__file__).parent)!r})\n"
                "import tasks\ntasks.judge_layers()\n"
-               "print(*[s.process.pid for s in tasks.pool().queue if s.process], flush=True)\n"
+               "print(*[s.process.pid for s in tasks.IDLE.queue if s.process], flush=True)\n"
                f"{hang if how else ''}")
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE,
                           stderr=subprocess.DEVNULL) as trainer:
@@ -2374,20 +2115,7 @@ def test_no_process_outlives_the_trainer(how):
         time.sleep(0.05)
 
 
-def test_unsafe_judge_on_the_command_line_reaches_the_judge(monkeypatch, tmp_path):
-    """The remedy that the error names must work."""
-    monkeypatch.setattr(tasks, "UNSAFE_JUDGE", False)
-    seen = []
-    monkeypatch.setattr(vcopd, "run", lambda *_: seen.append(tasks.UNSAFE_JUDGE) or {"seconds": 0})
-    for said in ([], ["--unsafe-judge"]):
-        cfg, _ = vcopd.read_config(["--task", "arithmetic", "--out", str(tmp_path), *said])
-        assert vcopd.main(cfg, False) == 0
-    assert seen == [False, True]
-
-
-# =============================================================================================
-# The tasks: splits, families and bugs, old skills, sums
-# =============================================================================================
+# The tasks: splits, families and bugs, old skills, sums ======================================
 
 def splits(task: tasks.Task) -> dict[str, list[tasks.Example]]:
     """All problems of the new skill by the split they are in."""
@@ -2426,8 +2154,7 @@ def test_a_task_is_the_same_every_time_and_its_splits_share_nothing(name):
 
 
 def test_the_checkers_of_old_skills_are_exact():
-    """The reference has the skill; nothing, or the answer to another question, has not. Talk around
-    an answer is an error too, but in a chat or about facts."""
+    """Nothing, or another question's answer, is none; nor is talk, but in chat and of facts."""
     for one, two in itertools.pairwise(built("codeedit").benchmark):
         assert tasks.verify_skill(one, one.reference).passed
         talk = tasks.verify_skill(one, f"Sure! {one.reference} Hope this helps.")
@@ -2437,8 +2164,7 @@ def test_the_checkers_of_old_skills_are_exact():
 
 
 def test_every_family_and_bug_is_trained_and_out_of_domain_both_are_others():
-    """A family whose bugs no test sees would never be drawn, in silence. Names alone could hide a
-    copy: the programs differ too, when names do not count."""
+    """Else one whose bugs no test sees is never drawn, in silence; and names could hide a copy."""
     seen, unseen = (tasks.read_families(text) for text in (tasks.FAMILIES, tasks.FAMILIES_UNSEEN))
     bodies = [re.sub(r"\w+", "", source.split('"""')[-1]) + name for name, source in seen + unseen]
     assert (len(seen), len(unseen)) >= (28, 8) and len(set(bodies)) == len(bodies)
@@ -2498,8 +2224,7 @@ def test_what_was_learnt_is_shown_by_a_fixed_bug_and_an_over_edit_that_is_gone(c
 
 @pytest.mark.parametrize("split", ["train", "out_of_domain"])
 def test_tests_fail_every_wrong_program_that_is_one_step_away(split):
-    """Else a model is paid for a wrong repair. A mutant is wrong if it differs on any of many fresh
-    inputs. Nor does it pass to answer always the same. Expected is what the reference returns."""
+    """Else a wrong repair is paid. A mutant is wrong if it differs on any of many fresh inputs."""
     kinds = {int: "n", str: "s", list: "xs"}
     for example in splits(built("codeedit"))[split][::12]:
         tree, rng = ast.parse(example.reference).body[0], random.Random(example.id)
@@ -2517,23 +2242,25 @@ def test_tests_fail_every_wrong_program_that_is_one_step_away(split):
                 assert list(tasks.outcomes(mutant, tree.name, inputs)) != right, mutant
 
 
-def test_the_task_of_the_readme_trains_when_it_is_pasted(base, tmp_path):
-    """As a reader does it: at the end of tasks.py, and then by its name in a new process."""
-    shutil.copy(vcopd.__file__, tmp_path)
-    pasted = Path(tasks.__file__).read_text("utf-8") + "\n\n" + readme_task()
-    (tmp_path / "tasks.py").write_text(pasted, "utf-8")
-    command = options(base, tmp_path / "run", "--task", "sort", "--steps", "2")
-    done = subprocess.run([sys.executable, tmp_path / "vcopd.py", *command], capture_output=True,
-                          text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    steps = (tmp_path / "run/metrics.jsonl").read_text("utf-8").splitlines()
-    assert [json.loads(line)["reasons"].keys() for line in steps[1:]] == [{"wrong order"}] * 2
+def test_the_task_of_the_readme_trains_from_its_file(base, tmp_path):
+    """As a reader does it, in a new process; also on rows of one's own, and when it goes on."""
+    (tmp_path / "sort.py").write_text(readme_task(), "utf-8")
+    rows = written(tmp_path, {"prompt": "Sort: 2 1", "answer": "1 2"})
+    command = options(base, tmp_path / "run", "--task", str(tmp_path / "sort.py"), "--steps", "2",
+                      "--data", rows)
+    for arguments in (command, ["--resume", str(tmp_path / "run"), "--steps", "3"]):
+        done = subprocess.run([sys.executable, vcopd.__file__, *arguments], capture_output=True,
+                              text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    steps = read(tmp_path / "run/metrics.jsonl")[1:]
+    assert [step["reasons"].keys() for step in steps] == [{"wrong order"}] * 3
+    assert {row["prompt"] for row in read(tmp_path / "run/samples.jsonl")} == {"Sort: 2 1"}
 
 
 SUM = tasks.Example("a", "40 + 2?", "Answer: 42", hint="42")
 NO_INTEGER = [
-    "", "42", "Answer:42", "Answer:  42", "answer: 42", "Answer: 42.", "Answer: 42.0",
-    "Answer: +42", "Answer: 042", "Answer: -0", "Answer: 4_2", "Answer: 4 2", "Answer: 42 or 41",
+    "", "42", "Answer:42", "Answer:  42", "answer: 42",
+    "Answer: +42", "Answer: 042", "Answer: 4_2", "Answer: 4 2", "Answer: 42 or 41",
     "Answer: 40 + 2", "Answer: 0x2A", "Answer: 4.2e1", "Answer: \u0664\u0662",
     "Answer: \uff14\uff12", "Answer: 4\u00b2", "Answer: \u221242", "Answer: 42\nso it is",
     "Answer: 41\nAnswer: 42", "ANSWER: 41\nAnswer: 42", "Answer: Answer: 42",
@@ -2560,9 +2287,7 @@ def test_one_plain_integer_on_the_last_line_is_judged_and_nothing_else():
         assert found.reason.startswith("format: ")
 
 
-# =============================================================================================
-# The size of an edit: Levenshtein, tokens, complexity, the reward, and what games it
-# =============================================================================================
+# The size of an edit: Levenshtein, tokens, complexity, the reward, and what games it =========
 
 HUMANEVALPACK = Path(__file__).parent / "../shared/data/humanevalpack_python.jsonl"
 BUGGY = '''\
@@ -2627,12 +2352,19 @@ def test_cognitive_complexity_on_paper(number, body):
     assert tasks.cognitive_complexity(f"class A:\n{textwrap.indent(source, ' ')}") == number
 
 
-def test_cognitive_complexity_agrees_with_the_package_on_how_fixes_change_it():
-    """Measured: 164 of 164 differences agree, and 157 of the references' own values. In the seven
+def test_references_of_humanevalpack_have_reward_1_and_complexity_is_that_of_the_package():
+    """Also the function alone, as the prompt asks, where imports or helpers stand above it.
+    Measured: 164 of 164 differences agree, and 157 of the references' own values. In the seven
     others (6, 11, 95, 99, 108, 140, 145) the package departs from the paper: it takes any inner
     function and a return for a decorator, or nests an `if` that has an `elif` otherwise."""
-    package = pytest.importorskip("cognitive_complexity.api")
-    agree = []
+    def rewards(row):
+        nodes = [node for node in ast.parse(row.reference).body
+                 if getattr(node, "name", "") == row.entry_point]
+        alone = ast.get_source_segment(row.reference, nodes[-1])
+        return [tasks.verify_edit(row, answer).reward for answer in (row.reference, alone)]
+
+    assert in_threads(rewards, benchmark_rows()) == [[1.0, 1.0]] * 164
+    package, agree = pytest.importorskip("cognitive_complexity.api"), []
     for row in benchmark_rows():
         ours = [tasks.cognitive_complexity(s) for s in (row.reference, row.buggy)]
         theirs = [sum(package.get_cognitive_complexity(node) for node in ast.parse(s).body
@@ -2661,13 +2393,14 @@ def test_edit_metrics_on_paper(answer, buggy, reference, metrics):
     assert {name: found[name] for name in metrics} == pytest.approx(metrics)
 
 
-def test_the_reward_is_between_0_and_1_for_any_answer_that_passes():
-    """So every pass is worth more than every fail: one published run learnt to fail. Answers are
-    shuffled, cut and repeated pieces of code, some of them not code at all."""
+def test_the_reward_is_between_0_and_1_for_any_answer_that_passes(monkeypatch):
+    """So every pass is worth more than every fail: one published run learnt to fail."""
     for *terms, reward in ((0, 0, 0, 1.0), (1, 0, 0, 0.5), (0, 1, 0, 0.7), (0, 0, 1, 0.8),
                            (1, 1, 1, 0.0), (0.2, 1 / 3, 0.5, 0.7)):
         found = dict(zip(("nel", "acc", "ulr"), terms, strict=True))
-        assert tasks.edit_reward(found) == pytest.approx(reward)
+        with monkeypatch.context() as paper:
+            paper.setattr(tasks, "edit_metrics", lambda *_, found=found: found)
+            assert tasks.verify_edit(sum_problem(), FIXED).reward == pytest.approx(reward)
     rng = random.Random(0)
     lines = [*BUGGY.split("\n"), *FIXED.split("\n"), "", "\t", "# x", "if 1:", "x = '''", "\x0c"]
     for _ in range(300):
@@ -2675,16 +2408,6 @@ def test_the_reward_is_between_0_and_1_for_any_answer_that_passes():
                                      for _ in range(3)))
         assert -1 <= found.pop("excess_edit") <= 1
         assert all(0 <= value <= 1 for value in found.values()), found
-
-
-def test_every_reference_of_humanevalpack_has_reward_exactly_1():
-    """Also the function alone, as the prompt asks, where imports or helpers stand above it."""
-    def rewards(row):
-        nodes = [node for node in ast.parse(row.reference).body
-                 if getattr(node, "name", "") == row.entry_point]
-        alone = ast.get_source_segment(row.reference, nodes[-1])
-        return [tasks.verify_edit(row, answer).reward for answer in (row.reference, alone)]
-    assert in_threads(rewards, benchmark_rows()) == [[1.0, 1.0]] * 164
 
 
 FIRST = 'def sum_above(xs):\n    """Sum of the xs greater than 3."""\n'
@@ -2723,19 +2446,6 @@ def test_code_that_the_tests_do_not_need_counts_as_removed(body):
     assert tasks.verify_edit(example, idle[1]).reward == 1.0
 
 
-@pytest.mark.parametrize("line", [
-    "exec('r = 1')", "eval('1')", "run = exec", "\uff45\uff58\uff45\uff43('r = 1')",
-    "match sum_above:\n        case object(__builtins__=b): pass", "from math import __loader__",
-    "f'{eval(\"3\")}'", "'{0.__globals__}'.format(sum_above)", "from typing import ForwardRef",
-    "import typing\n    typing.get_type_hints(sum_above)",
-    "import string\n    string.Formatter().get_field('0', [1], {})"])
-def test_ways_to_run_a_program_in_a_string_are_refused(line):
-    """There neither its lines nor its complexity are seen."""
-    found = tasks.verify_edit(ABOVE, f"{FIRST}    {line}\n    return {NEW}")
-    assert (found.reward, found.formatted) == (-1.0, True)
-    assert found.reason.startswith("gate: use of "), found
-
-
 FREE = ["{}", "\n\n{}\n\n", "```python\n{}\n```", "```\n{}\n```", " \n```python  \n\n{}\n\n```\n\t",
         "```py\n{}\n```", "```Python\n{}\n```", "```python3\n{}\n```", "\ufeff{}", "\u00a0{}",
         "<think>\n\n</think>\n\n{}", "```\n\ufeff{}\n```", "{}\r"]
@@ -2750,25 +2460,12 @@ CHARGED = [
 
 
 def test_honest_answers_are_worth_1_and_what_they_add_is_charged():
-    """However a model wraps what it was asked for. A new import of the standard library, a helper
-    are edits, not crimes."""
+    """However a model wraps what it was asked for. A new import, a helper: no crimes, but edits."""
     answers = [wrap.format(FIXED) for wrap in FREE] + [FIXED.replace("\n", "\r\n")]
     assert not [text for text in answers if tasks.verify_edit(sum_problem(), text).reward != 1.0]
     for answer in CHARGED:
         found = tasks.verify_edit(sum_problem(), answer)
         assert found.passed and 0.3 < found.reward < 0.999, (answer, found)
-
-
-def test_what_the_reference_adds_is_no_crime():
-    """A global, a default, an import, a constant, a helper, a word that could hide a program."""
-    reference = ("import math\n\nSTEP = 1\n\n\ndef half(x):\n    return x // 2\n\n\n"
-                 "def count(x, step=STEP):\n    global total\n"
-                 "    total = eval('x + step')\n    return math.floor(total) + half(0)")
-    example = tasks.edit_example("count", "def count(x):\n    return x", reference, "count",
-                                 (([3], 4), ([5], 6)))
-    assert tasks.verify_edit(example, reference).reward == 1.0
-    changed = reference.replace("STEP = 1", "STEP = 2")
-    assert tasks.verify_edit(example, changed).reason == "format: text outside the function"
 
 
 MALFORMED = [
@@ -2785,12 +2482,23 @@ MALFORMED = [
     f"<answer><answer>{FIXED}</answer></answer>"]
 
 
-@pytest.mark.parametrize("text", MALFORMED, ids=lambda text: repr(text[:20]))
-def test_a_malformed_answer_fails_with_a_reason(text):
-    """Groups I and L: -1, reason "format", no metrics, and never an exception."""
+HIDING = [  # ways to run a program in a string: there neither lines nor complexity are seen
+    "exec('r = 1')", "eval('1')", "run = exec", "\uff45\uff58\uff45\uff43('r = 1')",
+    "match total:\n        case object(__builtins__=b): pass", "from math import __loader__",
+    "f'{eval(\"3\")}'", "'{0.__globals__}'.format(total)", "from typing import ForwardRef",
+    "import typing\n    typing.get_type_hints(total)",
+    "import string\n    string.Formatter().get_field('0', [1], {})"]
+
+
+@pytest.mark.parametrize("text, formatted, why", [
+    *((text, False, "format: ") for text in MALFORMED),
+    *((FIXED.replace("    res", f"    {line}\n    res", 1), True, "gate: use of ")
+      for line in HIDING)], ids=[repr(text[:20]) for text in MALFORMED + HIDING])
+def test_a_malformed_answer_or_one_that_hides_code_fails_with_a_reason(text, formatted, why):
+    """Groups I and L: -1, its reason, no metrics where the format is wrong, and no exception."""
     found = tasks.verify_edit(sum_problem(), text)
-    assert (found.reward, found.passed, found.formatted) == (-1.0, False, False)
-    assert found.reason.startswith("format: ") and found.metrics == {}
+    assert (found.reward, found.passed, found.formatted) == (-1.0, False, formatted)
+    assert found.reason.startswith(why) and (formatted or found.metrics == {})
 
 
 SHOWN = f"""from __future__ import annotations
@@ -2806,9 +2514,18 @@ def one():
 {BUGGY.replace("-= item", "-= item * one()")}"""
 
 
-def test_imports_and_helpers_that_the_answer_omits_are_put_back():
-    """The instruction asks for the function only. All stands where it stood, once: a second
-    `from __future__` below another import would be a syntax error. An own helper wins."""
+def test_what_the_reference_adds_is_no_crime_and_what_the_answer_omits_is_put_back():
+    """A global, a default, a word that could hide a program. The instruction asks for the function
+    only: all stands where it stood, once, as a second `from __future__` would be an error."""
+    reference = ("import math\n\nSTEP = 1\n\n\ndef half(x):\n    return x // 2\n\n\n"
+                 "def count(x, step=STEP):\n    global total\n"
+                 "    total = eval('x + step')\n    return math.floor(total) + half(0)")
+    example = tasks.edit_example("count", "def count(x):\n    return x", reference, "count",
+                                 (([3], 4), ([5], 6)))
+    assert tasks.verify_edit(example, reference).reward == 1.0
+    changed = reference.replace("STEP = 1", "STEP = 2")
+    assert tasks.verify_edit(example, changed).reason == "format: text outside the function"
+
     example = tasks.edit_example("x", SHOWN, SHOWN.replace("-=", "+="), "total", TESTS)
     alone = example.reference[example.reference.index("def total"):]
     for answer in (example.reference, alone, example.reference.replace("LIMIT = 3\n", ""),
@@ -2839,9 +2556,7 @@ def test_no_string_raises_or_warns_and_silence_is_no_pass():
                 assert found.passed == (found.reason == "ok") == (found.reward >= 0)
 
 
-# =============================================================================================
-# Data files
-# =============================================================================================
+# Data files ==================================================================================
 
 OWN = {"id": "p1", "buggy": BUGGY, "reference": FIXED, "entry_point": "total",
        "tests": [{"args": [[1, 2], 0], "expected": 3}]}
@@ -2868,8 +2583,7 @@ own = functools.partial(raw, row=OWN)
 
 
 def test_an_own_row_becomes_an_example(tmp_path):
-    """With tests or a script, in a file with blank lines, Windows line ends, a byte order mark; its
-    names as Python reads them, in the normal form NFKC; or gzipped."""
+    """Tests or a script; blank lines, Windows line ends, a byte order mark, names in NFKC; gzip."""
     script = "def check(candidate):\n    assert candidate([1, 2], 0) == 3"
     named = {name: OWN[name].replace("total", "\ufb01ll")
              for name in ("buggy", "reference", "entry_point")}
@@ -2897,7 +2611,7 @@ def test_seconds_and_tolerance_of_a_row_reach_the_judge(tmp_path):
     row = own(reference=slow, buggy="def total(x):\n    return x",
               tests=[{"args": [1], "expected": 1.14}])
     for new, why in (({"tolerance": 0.05}, "timeout"), ({"seconds": 3}, "test 1: wrong value")):
-        with pytest.raises(tasks.LoadError, match=f'must pass its tests, got "{why}"'):
+        with pytest.raises(tasks.UserError, match=f'must pass its tests, got "{why}"'):
             tasks.load_edits(written(tmp_path, {**row, **new}))
     both = {**row, "tolerance": 0.05, "seconds": 3}
     assert len(tasks.load_edits(written(tmp_path, both))) == 1
@@ -2905,15 +2619,14 @@ def test_seconds_and_tolerance_of_a_row_reach_the_judge(tmp_path):
 
 def test_published_rows_are_accepted_as_they_are(tmp_path):
     """HumanEvalPack's instruction asks to write the function anew, so it is not used. Its script
-    gets the declaration's helpers, lest an answer deceives it. HumanEval asks for whole functions.
-    """
+    gets the declaration's helpers, lest an answer deceives it."""
     [edit] = tasks.load_edits(written(tmp_path, RAW))
     assert edit.buggy == (HEAD + RAW["buggy_solution"]).strip()
     assert edit.prompt == f"{tasks.EDIT_PROMPT}\n\n{edit.buggy}"
     assert edit.reference == edit.hint == (HEAD + BODY).strip()
     assert (edit.id, edit.entry_point) == ("P/0", "f")
     assert edit.test_code == f"{HEAD}{BODY}\n{RAW['test']}"
-    [program] = tasks.load_benchmark(written(tmp_path, RAW))
+    [program] = load_benchmark(written(tmp_path, RAW))
     assert program.prompt == f"{tasks.PROGRAM_PROMPT}\n\n{HEAD.strip()}"
     for answer, reward, formatted in ((f"```python\n{program.reference}\n```", 1.0, True),
                                       ("def f(x):\n    return 1 + x", 1.0, True),
@@ -2922,6 +2635,8 @@ def test_published_rows_are_accepted_as_they_are(tmp_path):
         assert (found.reward, found.formatted, found.metrics) == (reward, formatted, {})
 
 
+load_benchmark = functools.partial(
+    tasks.load_rows, tasks.program_from_row, tasks.verify_program)
 TEST = {"args": [], "expected": 1}
 BAD_ROWS = [
     (b'{"id": "p2", "buggy": ', "expected a JSON object in UTF-8"), (b"{} {}", "Extra data"),
@@ -2929,7 +2644,6 @@ BAD_ROWS = [
     (b'{"expected": -Infinity}', "Infinity"), (b"[" * 100_000, "expected a JSON object"),
     (b'{"id": ' + b"9" * 5000 + b"}", "expected a JSON object"), (b"\x00\x01", "expected a JSON"),
     (gzip.compress(b"{}", mtime=0), "UTF-8"), (b"\xef\xbb\xbf{}", "BOM"),
-    (b'{"id": "' + b"x" * 4_000_000 + b'"}', "4,000,000 bytes"),
     *((own(name), f'"{name}" must be text without NUL')
       for name in ("id", "buggy", "reference", "entry_point")),
     (own("tests"), "got neither"), (own(test_code="x"), "got both"),
@@ -2962,36 +2676,324 @@ BAD_ROWS = [
      'must pass its tests, got "error: ModuleNotFoundError"')]
 
 
-@pytest.mark.parametrize("row, says", BAD_ROWS, ids=[says for _, says in BAD_ROWS])
-def test_a_bad_row_stops_with_file_line_field_and_expectation(row, says, tmp_path, capsys):
-    """Or is left out, and why is told."""
-    path = written(tmp_path, OWN, b"", row)
-    with pytest.raises(tasks.UserError) as error:
-        tasks.load_edits(path)
-    message = str(error.value)
-    assert message.startswith(f"{path} line 3: ") and says in message
-    assert "\n" not in message and len(message) < len(path) + 250
-    assert len(tasks.load_edits(path, True)) == 1 and message in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("row, says", [
+BAD_PROGRAMS = [
     (raw("prompt"), '"prompt" must be text'), (raw(entry_point="g"), "function g"),
     (raw(prompt="def f(x):\n"), '"prompt" must hold'), (OWN, '"prompt" must be text'),
     (raw(canonical_solution="  return 1"), '"canonical_solution" must hold the source'),
     (raw(task_id=3), '"task_id" must be text'),
-    (raw(canonical_solution="    return x"), 'id "P/0": its reference must pass')])
-def test_a_bad_benchmark_row_stops_too(row, says, tmp_path):
-    with pytest.raises(tasks.UserError, match="problems.jsonl line 1: ") as error:
-        tasks.load_benchmark(written(tmp_path, row))
-    assert says in str(error.value)
+    (raw(canonical_solution="    return x"), 'id "P/0": its reference must pass')]
+
+
+@pytest.mark.parametrize("read, good, row, says", [
+    *((tasks.load_edits, OWN, *bad) for bad in BAD_ROWS),
+    *((load_benchmark, raw(task_id="good"), *bad) for bad in BAD_PROGRAMS)],
+    ids=[says for _, says in BAD_ROWS + BAD_PROGRAMS])
+def test_a_bad_row_stops_with_file_line_and_field(read, good, row, says, tmp_path, capsys):
+    """Or is left out, and why is told."""
+    path = written(tmp_path, good, b"", row)
+    with pytest.raises(tasks.UserError) as error:
+        read(path)
+    message = str(error.value)
+    assert message.startswith(f"{path} line 3: ") and says in message
+    assert "\n" not in message and len(message) < len(path) + 250
+    assert len(read(path, True)) == 1 and message in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name, content", [
     ("empty.jsonl", b""), ("blank.jsonl", b"\n \n\r\n"), ("missing.jsonl", None), (".", None),
     ("nul\0.jsonl", None), ("broken.jsonl.gz", b"\x1f\x8bno"), ("bad.jsonl", b"{}")])
 def test_a_file_without_rows_is_named(name, content, tmp_path):
-    path = tmp_path / name
     if content is not None:
-        path.write_bytes(content)
+        (tmp_path / name).write_bytes(content)
     with pytest.raises(tasks.UserError, match="expected"):
-        tasks.load_edits(str(path), True)
+        tasks.load_edits(str(tmp_path / name), True)
+
+
+# Real models: layouts, memory, precision, dates; own data ====================================
+
+MOE = {"num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+       "moe_intermediate_size": 16}
+MLA = {**MOE, "n_shared_experts": 1, "first_k_dense_replace": 1, "kv_lora_rank": 8,
+       "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8,
+       "n_group": 1, "topk_group": 1, "num_key_value_heads": 4}
+GEMMA3 = {"text_config": {**SHAPE, "head_dim": 8}, "mm_tokens_per_image": 4, "vision_config": {
+    "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "image_size": 28, "patch_size": 14}}
+
+
+@pytest.mark.parametrize(("kind", "options", "beyond"), [
+    ("qwen3_moe", {**MOE, "head_dim": 8}, "Qwen3Moe"), ("deepseek_v2", MLA, "DeepseekV2"),
+    ("deepseek_v3", MLA, "DeepseekV3"), ("olmoe", MOE, "Olmoe"), ("granitemoe", MOE, "GraniteMoe"),
+    ("gpt_oss", {**MOE, "head_dim": 8, "sliding_window": 16}, "GptOss"), ("cohere", {}, ""),
+    ("granite", {"logits_scaling": 8.0}, ""), ("gemma3", GEMMA3, "Gemma3MultiModalProjector")])
+def test_experts_stay_frozen_while_attention_learns(kind, options, beyond, tmp_path):
+    """A matrix that LoRA cannot wrap is no reason to refuse a model. Nor is a scale of logits."""
+    policy = load(save_small(tmp_path, kind, **options))
+    vcopd.adapter_optimizer(policy.model, "policy", 0.1)
+    facts = vcopd.environment(policy)["out_of_reach_of_lora"]
+    assert any(name.startswith(beyond) for name in facts) if beyond else not facts
+    vcopd.imitate(policy, policy.student, rollouts(policy), SMALL)
+    learning = {name for name, p in policy.model.named_parameters() if p.grad is not None}
+    assert learning and all(name.endswith(".policy") for name in learning)
+
+
+@pytest.mark.parametrize(("kind", "options"), [
+    ("bamba", {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1}), ("bert", {}),
+    ("lfm2", {"layer_types": ["conv", "full_attention"]}), ("falcon", {"alibi": True}),
+    ("rwkv", {"attention_hidden_size": 64}), ("mpt", {"d_model": 64, "n_heads": 4})])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_whatever_would_mix_the_answers_of_one_row_is_refused(kind, options, dtype, tmp_path):
+    """State spaces and ALiBi: in bfloat16 a wrong log-prob looks like noise."""
+    with pytest.raises(vcopd.RunError, match=f"{kind} is not supported: only causal attention"):
+        load(save_small(tmp_path, kind, **options), dtype=dtype)
+
+
+@pytest.mark.parametrize("path", ["packed", "cached"])
+def test_the_self_check_notices_wrong_positions_in_either_way_of_reading(path, base, monkeypatch):
+    """Random weights hardly tell positions apart: 1e-3 of the spread must be enough."""
+    name = "one_row_per_prompt" if path == "packed" else "read_tokens"
+    function = getattr(vcopd, name)
+
+    def shifted(policy, ids, *rest):
+        if rest:
+            return function(policy, ids, rest[0].roll(1, 1), *rest[1:])
+        ids, positions, *others = function(policy, ids)
+        return ids, 0 * positions, *others
+
+    monkeypatch.setattr(vcopd, name, shifted)
+    with pytest.raises(vcopd.RunError, match="llama is not supported: its log-probs"):
+        load(base)
+
+
+def test_rows_sampled_at_one_time_follow_from_memory_and_are_halved_when_it_runs_out(
+        base, monkeypatch, capsys):
+    """Keys and values of all rows at once would be 95 GiB for some models."""
+    policy, cfg, asked, most = load(base), replace(SMALL, temperature=0.0), [], 100
+    assert policy.cache_bytes == 4 * 2 * 2 * 32  # float32, keys and values, layers, 2 heads of 16
+    prompts = [policy.encode(f"{i} " * i) for i in range(1, 8)]
+    sample, whole = vcopd.sample, vcopd.sample(policy, vcopd.BASE, prompts, 2, cfg, None)
+
+    def sample_some(policy, role, prompts, *rest):
+        asked.append(len(prompts))
+        if len(prompts) > most:
+            raise torch.OutOfMemoryError
+        return sample(policy, role, prompts, *rest)
+
+    monkeypatch.setattr(vcopd, "sample", sample_some)
+    row = policy.cache_bytes * (max(map(len, prompts)) + cfg.max_new_tokens)
+    for fit, most, sizes in ((100, 100, [7]), (3, 100, [3, 3, 1]), (0, 100, [1] * 7),
+                             (100, 2, [7, 3, 1, 1, 1, 1, 1, 1, 1]), (4, 2, [4, 2, 2, 2, 1])):
+        policy.memory = fit * 2 * row
+        batch = vcopd.rollouts(policy, vcopd.BASE, prompts, 2, cfg, None)
+        assert asked == sizes and batch.contexts == whole.contexts
+        assert torch.equal(batch.mask, whole.mask)
+        assert torch.equal(batch.completion, whole.completion)
+        assert ("Out of memory" in capsys.readouterr().out) == (max(sizes) > most)
+        asked.clear()
+    most = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        vcopd.rollouts(policy, vcopd.BASE, prompts, 2, cfg, None)
+
+
+def test_a_gpu_gets_larger_pieces_and_layers_are_recomputed_only_for_lack_of_memory(
+        base, monkeypatch):
+    """There a step is bound by launches; recomputing costs a third."""
+    policy, batch = load(base), ragged_batch([(3, 600)] * 64)
+    gpu = replace(policy, stop_ids=SimpleNamespace(device=torch.device("cuda")))
+    for who, most, rows in ((policy, 0, 3), (policy, 700, 1), (gpu, 0, 54), (gpu, 700, 1)):
+        assert max(len(index) for index, _ in vcopd.micro_batches(who, batch, most)) == rows
+    for pages, recomputed in ((10, 2), (10 ** 9, 0)):
+        monkeypatch.setattr(os, "sysconf", lambda name, pages=pages: pages)
+        policy = load(base)
+        assert policy.memory == pages ** 2 / 4
+        layers = policy.model.model.layers
+        assert sum(isinstance(layer.forward, functools.partial) for layer in layers) == recomputed
+
+
+def test_adapters_are_cast_once_in_a_pass_without_gradients_and_never_kept(base):
+    """At every token that would be most of a GPU's launches. A pass sees the latest weights."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "_to_copy" in str(function) and 3 in args[0].shape:
+                self.count += 1
+            return function(*args, **kwargs or {})
+
+    policy, counts = load(base, dtype="bfloat16", lora_rank=3), []
+    prompts = [policy.encode("def f(x):")]
+    for length in (1, 5):
+        with Casts() as casts:
+            casts.count = 0
+            vcopd.sample(policy, policy.student, prompts, 2,
+                         replace(SMALL, max_new_tokens=length), vcopd.seeded("x"))
+        counts.append(casts.count)
+    assert counts == [2 * len(vcopd.lora_layers(policy.model))] * 2
+    before = model_logits(policy, policy.student, IDS)
+    for weight in adapter_parameters(policy.model, "policy"):
+        weight.data.add_(0.1)
+    after = model_logits(policy, policy.student, IDS)
+    assert not torch.allclose(before, after) and not vcopd.LoRALinear.casts
+
+
+def test_padding_gets_running_positions(base):
+    """A restart would look like several texts in one row, and end the fast causal attention."""
+    ids, positions, mask, _ = vcopd.one_row_per_prompt(replace(load(base), pack=0), ragged_batch())
+    assert mask is None and ids.shape == (4, 10)
+    assert torch.equal(positions, torch.arange(10).expand(4, 10))
+
+
+def test_sampling_everything_sorts_nothing(monkeypatch):
+    """With a vocabulary of 152k that would be 44 times the rest."""
+    for name in ("sort", "topk"):
+        monkeypatch.setattr(torch.Tensor, name, None)
+    assert vcopd.draw(torch.randn(8, 40), 0.7, 1.0, vcopd.seeded("draw")).shape == (8,)
+
+
+def test_logits_of_a_bfloat16_model_are_those_of_its_numbers_in_float64():
+    """Rounded to 8 bits they move rho and KL more than a step of training does."""
+    hidden, out = torch.randn(64, 32).bfloat16(), torch.nn.Linear(32, 99).bfloat16()
+    config = transformers.LlamaConfig()
+    model = SimpleNamespace(config=config, get_output_embeddings=lambda: out)
+    exact = hidden.double() @ out.weight.double().T + out.bias.double()
+    assert (vcopd.head(model, hidden) - exact).abs().max() < 1e-5
+    config.logit_scale, config.final_logit_softcapping = 0.25, 2.0
+    capped = 2 * torch.tanh(exact / 4 / 2)
+    assert (vcopd.head(model, hidden) - capped).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(("rope", "limit"), [
+    ({"rope_type": "default"}, 512), ({"rope_type": "yarn", "factor": 4.0}, 512),
+    ({"rope_type": "dynamic", "factor": 4.0}, 128),
+    ({"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}, 128)])
+def test_no_row_may_be_so_long_that_it_changes_the_rope_of_others(rope, limit, tmp_path):
+    """Those choose frequencies by the longest row of a batch: rho would compare two models."""
+    rope = {"rope_theta": 1e4, "original_max_position_embeddings": 128, **rope}
+    assert load(save_small(tmp_path, max_position_embeddings=512,
+                           rope_parameters=rope)).positions == limit
+
+
+def test_a_template_that_writes_the_date_writes_that_of_the_run(tmp_path):
+    """Else a run that goes on tomorrow has other prompts."""
+    folder = save_small(tmp_path, tokenizer=small_tokenizer(
+        template="{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}"))
+    for options, text in (({}, "01 Jan 2026 def"), ({"today": "2027-03-04"}, "04 Mar 2027 def")):
+        policy = load(folder, **options)
+        assert policy.tokenizer.decode(policy.encode("def")) == text
+
+
+def test_a_template_that_raises_or_a_teacher_with_fewer_rows_is_one_sentence(base, tmp_path):
+    """Both would end in a traceback, or in an index out of range on some step."""
+    broken = small_tokenizer(template="{{ raise_exception('no user here') }}")
+    with pytest.raises(vcopd.RunError, match="no user here"):
+        load(save_small(tmp_path / "a", tokenizer=broken))
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(model.config.vocab_size - 1)
+    model.save_pretrained(tmp_path / "b")
+    small_tokenizer().save_pretrained(tmp_path / "b")
+    with pytest.raises(vcopd.RunError, match="every token by the student's id"):
+        load(base, teacher=str(tmp_path / "b"))
+
+
+def test_a_run_notices_that_its_data_have_changed(base, small, tmp_path, capsys):
+    """Going on would mix two data sets."""
+    more = ["--task", "codeedit", "--data", written(tmp_path, OWN)]
+    assert run(options(base, tmp_path / "run", *more)) == 0
+    written(tmp_path, {**OWN, "id": "renamed"})
+    assert run(["--resume", str(tmp_path / "run"), "--steps", "8"]) == 2
+    assert "its data, or its task, have changed" in one_error(capsys)
+
+
+GSM8K = {"question": "Ann has 3 boxes of 411 pens. She gives 9 away. How many are left?",
+         "answer": "She has <<3*411=1233>>1,233 pens.\n<<1233-9=1224>>1,224 stay.\n#### 1,224"}
+
+
+def test_gsm8k_is_read_as_published_and_so_are_prompts_with_answers(tmp_path):
+    """The worked solution is the hint, and what SFT imitates; the answer alone is judged."""
+    task = tasks.arithmetic()
+    [example] = tasks.load_rows(task.row, task.verify, written(tmp_path, GSM8K))
+    assert example.prompt == GSM8K["question"] + "\nEnd with a line 'Answer: N'."
+    assert example.hint == example.reference == (
+        "She has 1,233 pens.\n1,224 stay.\nAnswer: 1,224")
+    rows = [{"prompt": "2 halves?", "answer": "1", "id": "one"},
+            {"prompt": "x", "answer": "Answer: 7"},
+            {"prompt": "3 * 2?", "answer": "6.0", "hint": "twice three"}]
+    one, two, three = tasks.load_rows(task.row, task.verify, written(tmp_path, *rows))
+    assert (one.id, one.reference, one.hint) == ("one", "Answer: 1", "Answer: 1")
+    assert two.reference == "Answer: 7" and two.id != three.id
+    assert three.reference == three.hint == "twice three\nAnswer: 6.0"
+    assert task.verify(three, "Answer: 6").passed and not task.verify(three, "Answer: 7").passed
+
+
+@pytest.mark.parametrize(("row", "says"), [
+    ({"prompt": "x"}, '"answer" must be text'), ({"answer": "1"}, '"prompt" must be text'),
+    ({"prompt": "x", "answer": "one"}, "its reference must pass its tests"),
+    ({"prompt": "x", "answer": "1", "hint": []}, '"hint" must be text'),
+    ({"question": 3, "answer": "#### 3"}, '"prompt" must be text')])
+def test_a_row_that_nobody_can_pass_names_its_line(row, says, tmp_path):
+    """One sentence, with the file and the line."""
+    task = tasks.arithmetic()
+    with pytest.raises(tasks.UserError, match="line 1: .*" + re.escape(says)):
+        tasks.load_rows(task.row, task.verify, written(tmp_path, row))
+
+
+@pytest.mark.parametrize(("line", "value"), [
+    ("1,234", 1234), ("$1,234.50", 1234.5), ("-$3", -3), ("42.00", 42), ("42.", 42), ("15%", 15),
+    ("42 more apples.", 42), ("7 %.", 7), ("999,999,999,999,999,999", 10**18 - 1), ("0.5 km", 0.5),
+    ("12,34", None), ("1234,567", None), ("1,23", None), ("0,123", None), ("1 234", None),
+    ("42 or 41", None), ("42 a b c", None), ("1.5.2", None), (".5", None), ("$", None),
+    ("apples", None), ("1,000,000,000,000,000,000,000", None), ("4\u00a02", None)])
+def test_numbers_may_be_written_as_people_write_them(line, value):
+    """Against Python's own reading; whatever is doubtful is malformed, not wrong."""
+    found = tasks.result_of(f"Reasoning.\nAnswer: {line}")
+    assert found == (None if value is None else tasks.Decimal(str(value)))
+    verdict = tasks.verify_arithmetic(SUM, f"Answer: {line}")
+    assert verdict.formatted is (value is not None) and verdict.passed is (value == 42)
+
+
+def test_anchors_of_a_file_are_replayed_and_judged_by_their_words(base, small, tmp_path, capsys):
+    """Without an answer confidence alone decides. A real model without the file is told of it."""
+    rows = [{"prompt": "Capital of Peru?", "answer": "Lima.", "capability": "geography"},
+            {"prompt": "Tell a joke."}, {"prompt": "\u4f60\u597d", "answer": "\u597d"}]
+    path = written(tmp_path, *rows)
+    one, two, three = tasks.load_rows(tasks.anchor_from_row, tasks.verify_skill, path)
+    assert (one.skill, two.skill, one.id != two.id) == ("own geography", "own file", True)
+    for anchor, answer, right in (
+            (one, "lima", True), (one, "Lima it is", False), (one, "", False), (two, "", True),
+            (two, "anything", True), (three, "\u597d!", True), (three, "\u4e0d", False)):
+        assert tasks.verify_skill(anchor, answer).passed is right
+    for name, more in (("with", ["--anchors", path]), ("without", [])):
+        assert run(options(base, tmp_path / name, *more)) == 0
+        assert ("--anchors FILE" in capsys.readouterr().out) == (name == "without")
+        general = read(tmp_path / name / "report.json")["after"]["general"]
+        assert ("replayed" in general) == (name == "without")
+
+
+@pytest.mark.parametrize(("program", "says"), [
+    (None, "No such file"), ("x = 1", "not enough values"), ("def f(:", "invalid syntax"),
+    ("1 / 0", "ZeroDivisionError"), ("from tasks import *\n\ndef a() -> Task: pass\n"
+                                     "def b() -> Task: pass", "too many values"),
+    ("from tasks import *\n\ndef a() -> Task:\n    raise KeyError(7)", "KeyError(7)")])
+def test_a_task_file_that_does_not_work_is_one_sentence(program, says, tmp_path, capsys):
+    """It names the file, the cause, and what is expected."""
+    path = tmp_path / "own.py"
+    if program is not None:
+        path.write_text(program)
+    assert run(["--task", str(path), "--out", str(tmp_path / "run")]) == 2
+    told = one_error(capsys)
+    assert f"--task {path}" in told and says in told and "`-> Task`" in told
+
+
+def test_an_own_task_needs_a_corpus_only_for_tiny(base, small, tmp_path, capsys, monkeypatch):
+    """It may import its neighbours; a real model brings its own pretraining."""
+    monkeypatch.chdir(tmp_path)
+    Path("beside_it.py").write_text("ANSWER = 'yes'")
+    Path("own.py").write_text(
+        "from __future__ import annotations\nfrom tasks import *\nfrom beside_it import ANSWER\n"
+        "def make() -> Task:\n"
+        "    rows = [Example(str(i), f'{i}?', ANSWER, '') for i in range(4)]\n"
+        "    judge = lambda e, a: Verdict(1.0, True, True, 'ok', {})\n"
+        "    return Task('own', judge, rows, {'in_domain': rows}, [], [], (rows, []))\n")
+    assert run(options(base, tmp_path / "run", "--task", "own.py")) == 0
+    assert vcopd.read_config(["--task", "own.py"])[0].out == "runs/own-vcopd-s0"
+    assert run(["--task", "own.py"]) == 2 and "Task.corpus" in one_error(capsys)
