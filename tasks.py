@@ -186,7 +186,8 @@ def sum_from_row(row: dict) -> tuple[Example]:
     """A row of GSM8K as published, whose way to the result is the hint; or prompt and answer."""
     if "question" in row:
         way, _, result = re.sub("<<[^>]*>>", "", text_field(row, "answer")).rpartition("####")
-        row = {"hint": way.strip() or result, **row, "prompt": row["question"], "answer": result}
+        row = {"hint": way.strip() or result, **row, "answer": result,
+               "prompt": text_field(row, "question")}
     [example] = pair_from_row(row)
     line = f"Answer: {example.reference.strip().removeprefix('Answer: ')}"
     right = line if example.hint == example.reference else f"{example.hint}\n{line}"
@@ -202,8 +203,7 @@ def result_of(text: str) -> Decimal | None:
 def verify_arithmetic(example: Example, completion: str) -> Verdict:
     """1 for a last line "Answer: N" as in the reference, and no other: "41 or 42" pays nobody."""
     text = tidy(completion)
-    result = result_of(text)
-    if result is None or text.casefold().count("answer:") != 1:
+    if (result := result_of(text)) is None or text.casefold().count("answer:") != 1:
         return Verdict(-1.0, False, False, "format: needs one last line 'Answer: N'", {})
     passed = result == result_of(example.reference)
     return Verdict(1.0 if passed else -1.0, passed, True, "ok" if passed else "wrong value", {})
@@ -912,8 +912,6 @@ def read_row(line: bytes, build: Callable, verify: Callable) -> Example:
     for field, source in zip(fields, (example.buggy, example.reference), strict=False):
         if why := format_error(source, example):
             raise ValueError(f'field "{field}" must hold the source of the function, got {why}')
-    if fields and example.buggy == example.reference:
-        raise ValueError(f'field "{fields[1]}" must differ from field "{fields[0]}"')
     row_name, right = f'id "{example.id}"', verify(example, example.reference)
     if not right.passed:
         raise ValueError(f'{row_name}: its reference must pass its tests, got "{right.reason}"')
@@ -968,7 +966,7 @@ def text_field(row: dict, name: str, script: bool = False) -> str:
     value = row.get(name)
     if not isinstance(value, str) or not value.strip() or BAD_CHARACTERS.search(value):
         raise ValueError(f'field "{name}" must be text without NUL, byte order mark and lone '
-                        f'surrogates, got {value!a:.20}')
+                         f'surrogates, got {value!a:.20}')
     if script and "def check(" not in value:
         raise ValueError(f'field "{name}" must be a script that defines check(candidate)')
     return value
@@ -983,7 +981,7 @@ def tests_field(row: dict) -> tuple:
                 and isinstance(test["args"], list) for test in tests):
             return tuple((tuple(test["args"]), test["expected"]) for test in tests)
     raise ValueError('field "tests" must be a list of {"args": [...], "expected": ...}, got '
-                    f'{ascii(tests):.60}')
+                     f'{ascii(tests):.60}')
 
 
 load_edits = partial(load_rows, edit_from_row, verify_edit)
@@ -993,10 +991,11 @@ def own_task(path: str) -> Task:
     """What the one function of a file returns that is annotated `-> Task`. Raises UserError."""
     try:
         sys.path.append(str(Path(path).parent))  # it may import its neighbours
-        exec(compile(Path(path).read_bytes(), path, "exec"), space := {"__name__": "own_task"})
+        program = compile(Path(path).read_bytes(), path, "exec", dont_inherit=True)
+        exec(program, space := {"__name__": "own_task"})
         [make] = [one for one in space.values() if getattr(one, "__module__", "") == "own_task"
                   and getattr(one, "__annotations__", {}).get("return") in (Task, "Task")]
-        return make()
+        return replace(make())  # raises unless that is a Task
     except Exception as error:  # of any kind: it is the user's program
         raise UserError(f"--task {path}: give one of {', '.join(TASKS)}, or a Python file with one "
                         f"function `-> Task` that works ({error!r})") from None
@@ -1046,13 +1045,14 @@ def show_learnt(before: dict, after: dict, examples: list[Example]) -> None:
                   for scores in (before, after))
     spared = sorted((i for i, both in enumerate(passes) if all(both) and more[i] > less[i]),
                     key=lambda i: less[i] - more[i])
-    shown = [*solved[:1], *(spared[:1] or solved[1:2])]
-    for i, (when, scores) in itertools.product(shown, [("before", before), ("after", after)]):
-        problem = (examples[i].buggy or examples[i].prompt).splitlines()
-        lines = difflib.unified_diff(problem, scores["answers"][i].splitlines(), "problem",
-                                     "answer", lineterm="", n=9)
-        print(f"\nHeld-out problem {examples[i].id}, {when}:")
-        print("\n".join(lines) or "(the problem, unchanged)")
+    for i in [*solved[:1], *(spared[:1] or solved[1:2])]:
+        example, problem = examples[i], examples[i].buggy.splitlines()
+        print("", f"Held-out problem {example.id}", *[] if problem else [example.prompt], sep="\n")
+        for when, scores in ("before", before), ("after", after):
+            answer, passed = scores["answers"][i], scores["passes"][i]
+            edit = [*difflib.unified_diff(problem, answer.splitlines(), lineterm="", n=99)][3:]
+            print(f"- {when} training, {'passes' if passed else 'fails'}:",
+                  *(edit or ["(unchanged)"] if problem else [answer]), sep="\n")
 
 
 # The judge ===================================================================================

@@ -131,8 +131,7 @@ def experience(advantage, logp_old, gap, mask=None) -> vcopd.Experience:
     old, gap = torch.as_tensor(logp_old), torch.as_tensor(gap)
     mask = torch.ones(old.shape, dtype=torch.bool) if mask is None else mask
     batch = vcopd.Batch([[EOS]] * len(old), torch.zeros(old.shape, dtype=torch.long), mask)
-    return vcopd.Experience(batch, torch.arange(len(old)), None, torch.as_tensor(advantage),
-                            old, gap)
+    return vcopd.Experience(batch, None, torch.as_tensor(advantage), old, gap)
 
 
 def likes_a(example: tasks.Example, answer: str) -> tasks.Verdict:
@@ -251,7 +250,7 @@ def test_equations_deviations_and_requirements_stand_once_in_the_code_and_once_o
     assert len(re.findall(r"\(\d\)", listed)) == len(re.findall(r"differs: \w", SPOKEN))
     lines = (FOLDER / "requirements.txt").read_text("utf-8").splitlines()
     pinned = re.findall(r'"(\S+==\S+)"', CODE.split("# ///")[1])
-    assert pinned == [line for line in lines if "==" in line]
+    assert pinned == [line for line in lines if "==" in line and "pytest" not in line]
 
 
 @pytest.mark.parametrize("line", dict.fromkeys(map(str.strip, COMMANDS)))
@@ -265,8 +264,7 @@ def test_every_command_of_the_readme_is_accepted(line, tmp_path, monkeypatch):
     if "--plot" in arguments:
         assert vars(vcopd.build_parser().parse_args(arguments))["plot"]
         return
-    cfg, resuming = vcopd.read_config(arguments)
-    assert cfg.out and resuming == ("RUN" in line)
+    assert vcopd.read_config(arguments).out
 
 
 def test_every_option_and_function_that_the_readme_names_exists():
@@ -330,8 +328,7 @@ PROBS = torch.tensor([0.05, 0.4, 0.1, 0.3, 0.15])
 
 @pytest.mark.parametrize("temperature, top_p, nucleus", [
     (0.8, 1.0, {0, 1, 2, 3, 4}), (1.0, 1.0, {0, 1, 2, 3, 4}), (1.0, 0.94, {1, 2, 3, 4}),
-    (1.0, 0.71, {1, 3, 4}), (1.0, 0.69, {1, 3}), (1.0, 0.41, {1, 3}), (1.0, 0.39, {1}),
-    (1.0, 0.01, {1}), (0.5, 0.55, {1})])
+    (1.0, 0.71, {1, 3, 4}), (1.0, 0.69, {1, 3}), (1.0, 0.39, {1}), (0.5, 0.55, {1})])
 def test_draws_follow_the_probabilities_in_the_smallest_nucleus(temperature, top_p, nucleus):
     """The token that crosses top_p belongs to it, and inside the odds stay as they were."""
     logits = PROBS.log().expand(50_000, -1)
@@ -419,7 +416,7 @@ def test_the_token_kls_of_a_language_sum_to_the_kl_between_its_texts():
     student, reference = (torch.tensor(prefix_logps(policy, role, texts, 1.0)).sum(1)
                           for role in (policy.student, vcopd.BASE))
     found = torch.tensor([vcopd.kl_and_entropy(policy, policy.student, vcopd.BASE, [
-        texts.rows(torch.tensor([i]))], TOY) for i in range(25)])  # the mean of 2 tokens
+        texts.rows(torch.tensor([i]))]) for i in range(25)])  # the mean of 2 tokens
     exact = [(student.exp() * (student - reference)).sum(), -(student.exp() * student).sum()]
     torch.testing.assert_close(2 * student.exp() @ found, torch.stack(exact))
     reverse = (reference.exp() * (reference - student)).sum()
@@ -487,14 +484,13 @@ def test_the_teacher_scores_the_students_very_ids_behind_the_hint(kind, most, co
     hinted = [policy.encode(tasks.privileged_prompt(e)) for e in examples]
     said = prefix_logps(teacher, role, replace(batch, contexts=hinted), 0.8)
     old = prefix_logps(policy, policy.student, batch, 0.8)
-    cfg = replace(TOY, micro_tokens=most)
-    parts = vcopd.score(policy, batch, examples, torch.arange(4.0), cfg)
+    policy.micro_tokens = most
+    parts = vcopd.score(policy, batch, examples, torch.arange(4.0), TOY)
     assert len(parts) == count
-    assert sorted(sum((part.index.tolist() for part in parts), [])) == [0, 1, 2, 3]
+    assert sorted(sum((part.advantage.tolist() for part in parts), [])) == [0, 1, 2, 3]
     for part in parts:
-        assert part.advantage.tolist() == part.index.tolist()
         assert part.batch.mask.any(0).all()  # no place is kept for longer answers of others
-        for i, row in enumerate(part.index.tolist()):
+        for i, row in enumerate(part.advantage.int().tolist()):
             seen = part.batch.mask[i]
             gap = [max(-0.5, min(0.5, t - o)) for t, o in zip(said[row], old[row], strict=True)]
             assert part.batch.contexts[i] == batch.contexts[row]
@@ -617,10 +613,10 @@ def test_splitting_into_micro_batches_changes_neither_loss_nor_gradient():
     the prompt is read once for its answers, and each sends its gradient back through it."""
     policy, results = tiny_policy(moved=0.2), []
     for most, count in ((10_000, 1), (1, 6)):
-        cfg = replace(FULL, micro_tokens=most)
-        parts = read_by_all(policy, cfg)
+        policy.micro_tokens = most
+        parts = read_by_all(policy, FULL)
         assert len(parts) == count
-        loss, gradient = loss_and_gradient(policy, parts, cfg, ragged_batch())
+        loss, gradient = loss_and_gradient(policy, parts, FULL, ragged_batch())
         results.append((torch.tensor(loss), gradient))
     torch.testing.assert_close(*results)
 
@@ -631,10 +627,10 @@ def test_splitting_into_micro_batches_changes_neither_loss_nor_gradient():
     ids=["ragged", "opposite", "siblings"])
 def test_micro_batches_hold_every_row_once_and_the_model_never_sees_more_tokens(most, batch):
     """Also when the longest prompt and the longest answer stand in different rows."""
-    policy, seen = tiny_policy(), []
+    policy, seen = replace(tiny_policy(), micro_tokens=most), []
     policy.model.base_model.register_forward_pre_hook(
         lambda module, inputs, options: seen.append(inputs[0].numel()), with_kwargs=True)
-    groups = vcopd.micro_batches(policy, batch, most)
+    groups = vcopd.micro_batches(policy, batch)
     assert sorted(torch.cat([i for i, _ in groups]).tolist()) == list(range(len(batch.contexts)))
     for index, part in groups:
         assert part.answers() == batch.rows(index).answers()
@@ -732,7 +728,7 @@ def test_sft_with_replay_is_the_same_mixture(toy, monkeypatch):
     info, mixed = vcopd.sft_step(policy, policy.student, toy.train[:2], state, cfg)
     batch = vcopd.solution_batch(policy, toy.train[:2])  # "aa", and where it ends
     assert batch.completion.tolist() == [[VOCAB.index("a")] * 2 + [EOS]] * 2 and batch.mask.all()
-    vcopd.imitate(policy, policy.student, batch, cfg)
+    vcopd.imitate(policy, policy.student, batch)
     demonstrations = policy_gradient(policy)
     share, replayed = vcopd.imitate_replay(policy, state, 0, cfg)
     assert info["replay_loss"] == replayed["replay_loss"] > 0 and share == 0.2
@@ -749,7 +745,7 @@ def test_replay_is_the_plain_likelihood_that_transformers_computes():
         labels[row, :len(context)] = -100
     with vcopd.adapters(policy.student):
         expected = policy.model(ids, attention_mask=seen.long(), labels=labels).loss
-    assert vcopd.imitate(policy, policy.student, batch, TOY) == pytest.approx(expected.item())
+    assert vcopd.imitate(policy, policy.student, batch) == pytest.approx(expected.item())
     policy.model.zero_grad()
     parts = read_by_all(policy, TOY)
     first = batch.rows(torch.tensor([0]))
@@ -798,7 +794,7 @@ def test_every_option_changes_the_update_and_the_same_options_repeat_it(toy):
 def test_each_epoch_takes_one_optimiser_step_on_the_whole_batch(toy):
     """16 answers one at a time. Each is but a stop token, which is trained though it pads, too."""
     policy = replace(tiny_policy(stop_ids=range(len(VOCAB))), pad_id=EOS)
-    before, cfg = adapter_bytes(policy), replace(TOY, epochs=3, micro_tokens=1)
+    before, cfg, policy.micro_tokens = adapter_bytes(policy), replace(TOY, epochs=3), 1
     state = fresh_state(policy, cfg)
     metrics, _ = train_step(policy, toy, cfg, state)
     assert {int(entry["step"]) for entry in state.optimizer.state.values()} == {3}
@@ -920,7 +916,7 @@ OPTIONS = {  # what an architecture adds to SHAPE, or has in its place
 SUPPORTED = pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma2", "gpt2"])
 EXAMPLES = [tasks.Example("", "def f(x):", "return", "the secret"),
             tasks.Example("", "repair this: def f(x):\n    return", "return", "a hint")]
-SMALL = vcopd.Config(max_new_tokens=12)
+SMALL, NOTHING = vcopd.Config(max_new_tokens=12), tasks.Task("", None, [], {}, [], [], ([], []))
 IDS = [7, 30, 80, 81, 200, 45, 9, 130, 22, 60]
 same = functools.partial(torch.allclose, atol=1e-5)  # but for rounding
 
@@ -964,7 +960,7 @@ def base(models) -> Path:
 def load(model: str | Path, **options) -> vcopd.Policy:
     """Such a model in its roles: small adapters, and float32."""
     cfg = {"device": "cpu", "lora_rank": 4, "lora_alpha": 8.0, "format_rank": 2, **options}
-    return vcopd.load_policy(vcopd.Config(model=str(model), **cfg), None)
+    return vcopd.load(vcopd.Config(model=str(model), **cfg), NOTHING)[0]
 
 
 def moved_policy(model: str | Path, **options) -> vcopd.Policy:
@@ -1095,7 +1091,7 @@ def test_recomputed_layers_give_the_same_gradients(kind, models):
         batch, layers = rollouts(policy), vcopd.lora_layers(policy.model).values()
         for layer in layers:
             layer.register_forward_pre_hook(lambda *_: calls.append(1))
-        vcopd.imitate(policy, policy.student, batch, TOY)
+        vcopd.imitate(policy, policy.student, batch)
         assert len(calls) == times * len(layers)
         calls.clear()
         gradients.append(policy_gradient(policy))
@@ -1157,9 +1153,9 @@ def options(base: str | Path, out: Path, *more: str) -> list[str]:
 def run(arguments: list[str]) -> int:
     """What `python vcopd.py ARGUMENTS` does, in this process: its exit code."""
     if arguments[0] == "--plot":
-        return vcopd.main(vcopd.Config(), False, arguments[1:])
+        return vcopd.main(vcopd.Config(), arguments[1:])
     try:
-        return vcopd.main(*vcopd.read_config(arguments))
+        return vcopd.main(vcopd.read_config(arguments))
     except SystemExit as stop:
         return stop.code
 
@@ -1219,8 +1215,7 @@ def one_error(capsys) -> str:
 
 
 FULL_DISK = OSError(errno.ENOSPC, "no space")
-KNOBS = ("out of memory: --resume DIR with a lower --micro-tokens, or start anew with fewer "
-         "--prompts, --max-new-tokens, --rollouts, --lora-rank")  # the first costs nothing but time
+KNOBS = "out of memory: lower --micro-tokens, with which a run may --resume"
 
 
 # The writes of a run: config and checkpoint 0; metrics and samples of each step, and a checkpoint
@@ -1228,16 +1223,16 @@ KNOBS = ("out of memory: --resume DIR with a lower --micro-tokens, or start anew
 @pytest.mark.parametrize("method, where, nth, trouble, says, killed", [
     *(("vcopd", "open", nth, FULL_DISK, "no space", killed) for nth, killed in (
         (1, 2), (2, 1), (3, 3), (5, 4), (14, 5), (17, 4), (18, 2))),
-    *(("vcopd", where, nth, CTRL_C, "vcopd.py --resume DIR", 0) for where, nth in (
+    *(("vcopd", where, nth, CTRL_C, "same command again", 0) for where, nth in (
         ("sample", 2), ("evaluate", 1), ("refresh_replay", 2), ("evaluate", 2))),
     ("sft", "open", 9, FULL_DISK, "no space", 6),
     ("sft", "token_mean", 8, math.nan, "step 4, on the examples ", 0),
     *(("vcopd", "group_advantage", 3, error, KNOBS, 0) for error in (
         MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"))),
-    ("vcopd", "load_policy", 1, CTRL_C, "same command again", 0),
-    ("vcopd", "score", 3, [signal.SIGTERM], "vcopd.py --resume DIR", 4),
-    ("vcopd", "score", 3, CTRL_C * 2, "vcopd.py --resume DIR", 3)])
+    ("vcopd", "load", 1, CTRL_C, "same command again", 0),
+    ("vcopd", "score", 3, [signal.SIGTERM], "same command again", 4),
+    ("vcopd", "score", 3, CTRL_C * 2, "same command again", 3)])
 def test_whatever_stops_a_run_anywhere_it_goes_on_to_the_same_end(
         method, where, nth, trouble, says, killed, base, whole, small, tmp_path, monkeypatch,
         capsys):
@@ -1255,30 +1250,45 @@ def test_whatever_stops_a_run_anywhere_it_goes_on_to_the_same_end(
     assert not list(out.glob("**/*.new")) and not (out / "report.json").exists()
     assert where != "score" or read(out / "metrics.jsonl")[-1]["step"] == 4 - len(signals)
 
-    def again() -> list[str]:
-        begun = (out / "config.json").exists()
-        return ["--resume", str(out)] if begun else options(base, out, *more)
-
     def run_and_die() -> int:
         vcopd.open = disturbed(vcopd, "open", killed, [signal.SIGKILL])
-        return run(again())
+        return run(options(base, out, *more))
 
     assert not killed or os.waitpid(forked(run_and_die), 0)[1] == signal.SIGKILL
-    assert run(again()) == 0
+    assert run(options(base, out, *more)) == 0
     assert results(out) == results(whole[method])
 
 
 def test_a_finished_run_is_kept_and_can_be_prolonged(base, whole, done, tmp_path, capsys):
     """--resume in a script's loop must end; somebody forgets --out after changing --lr."""
-    assert run(["--resume", str(done)]) == 0
-    assert "is finished" in capsys.readouterr().out
-    assert run(options(base, done, "--lr", "0.02")) == 2
-    assert "--out" in one_error(capsys)
-    refused(capsys, done, options(base, done), {"report.json": [None, b"{}"]}, f"--resume {done}")
+    for same in (["--resume", str(done)], options(base, done)):
+        assert run(same) == 0
+        assert "is finished" in capsys.readouterr().out
+    for other in ("--lr", "0.02"), ("--steps", "5"):
+        assert run(options(base, done, *other)) == 2
+        assert f"other options ({other[0]}): give another --out" in one_error(capsys)
     assert results(done) == results(whole["vcopd"])
-    assert run(["--resume", str(done), "--steps", "8"]) == 0
+    assert run(options(base, done, "--steps", "8")) == 0
     assert run(options(base, tmp_path / "straight", "--steps", "8")) == 0
     assert results(done) == results(tmp_path / "straight")
+
+
+@pytest.mark.parametrize(("dead", "advice"), [
+    ({}, ""), ({"truncated": 1.0}, "--max-new-tokens"), ({"format_rate": 0.0}, "--format-lr"),
+    ({"tied_rollouts": 1.0, "format_rate": 0.5}, "--rollouts")])
+def test_the_step_table_fits_and_a_dead_run_says_what_to_turn(dead, advice, tmp_path, capsys):
+    """Whoever sees twenty steps of nothing has wasted an hour."""
+    step = {"reward": -0.98765432, "pass_rate": 1 / 3, "kl": 1.23456e-5, "entropy": 2.0, "x": 9,
+            "kl_coef": 0.0123456, "tied_rollouts": 0.5, "teacher_share": 0.1, "format_rate": 0.0}
+    for i in range(21):
+        looks = {f"eval_{key}": 0.123456 for key in ("pass", "replayed")} if i % 5 == 0 else {}
+        vcopd.log_step(tmp_path, {"step": i, **looks, **(step | dead if i else {})}, [], 123.456)
+        step["format_rate"] = 1.0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100 and "other" not in " ".join(lines)
+    assert [line.split() for line in lines[:2]] == [["step", "new", "old", "seconds"],
+                                                    ["0", "0.123", "0.123", "123"]]
+    assert [advice in line for line in lines if "ten steps" in line] == [True] * 2 * bool(dead)
 
 
 # ------------------------------------------------- other commands
@@ -1295,8 +1305,7 @@ def files(tmp_path) -> Path:
     return tmp_path
 
 
-def test_a_quantised_run_completes_and_its_adapter_is_scored_on_data_files(
-        small, files, monkeypatch, capsys):
+def test_a_quantised_run_and_its_adapter_on_data_files(small, files, monkeypatch, capsys):
     """Built-in model, NF4, Step 1, training, adapter; then the same table without a before."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(files))
     pytest.importorskip("bitsandbytes")
@@ -1316,6 +1325,7 @@ def test_a_quantised_run_completes_and_its_adapter_is_scored_on_data_files(
     assert scores["in_domain"]["pass@1"] == 0 and scores["kl_to_base"] > 0.001
     told = capsys.readouterr().out
     assert "programs" in scores["general"] and "in_domain pass@1" in told
+    assert "was trained with --task arithmetic, not codeedit" in told
     assert "2 rows work, 2 do not" in told  # left out, and it is said so; so is one too long
     assert {path.name for path in (files / "test").iterdir()} == {"config.json", "report.json"}
 
@@ -1331,7 +1341,8 @@ def test_what_is_trained_is_counted_and_what_lora_cannot_reach(kind, trained, be
 
 
 @pytest.mark.parametrize("line, parts", [
-    ("--inspect --task arithmetic", ["A_dense"]), ("--bench --task arithmetic", ["peak memory"])])
+    ("--inspect --task arithmetic", ["A_dense"]), ("--bench --task arithmetic", ["peak memory"]),
+    ("--ask Hello --task arithmetic", ["- base, KL", "- student, KL", "- teacher, KL"])])
 def test_commands_that_look_leave_no_file(line, parts, small, base, files, monkeypatch, capsys):
     """Safe beside a run and in any folder; a pipe gets no colours."""
     monkeypatch.chdir(files / "odd/metrics.jsonl")  # an empty folder
@@ -1340,6 +1351,18 @@ def test_commands_that_look_leave_no_file(line, parts, small, base, files, monke
     told = capsys.readouterr().out.replace(str(files), "DIR")
     assert not list(Path().iterdir()) and "\x1b" not in told
     assert [told.count(part) > 0 for part in parts] == [True] * len(parts)
+
+
+def test_all_answer_what_is_asked_and_only_the_teacher_reads_the_hint(toy, monkeypatch, capsys):
+    """A problem is asked by its id; plain text has no hint."""
+    asked, example = [], toy.train[0]
+    monkeypatch.setattr(vcopd, "answer", lambda policy, role, examples, *_: (
+        asked.append((role, examples[0].prompt)) or [], ["so"], []))
+    for text in (example.id, "plain"):
+        vcopd.ask(replace(TOY, ask=text), tiny_policy(), toy)
+    prompts = [*[example.prompt] * 2, tasks.privileged_prompt(example), *["plain"] * 3]
+    assert asked == list(zip([(), ("policy",), ()] * 2, prompts, strict=True))
+    assert capsys.readouterr().out.count("\nso\n") == 6
 
 
 @pytest.mark.parametrize("role", [("format",), ("format", "policy")], ids=["before", "after"])
@@ -1361,7 +1384,7 @@ def test_each_number_of_a_report_is_of_the_right_role_and_prompts(role, toy, mon
     monkeypatch.setattr(vcopd, "answer", answer)
     monkeypatch.setattr(vcopd, "old_skills", lambda policy, role, task, problems, cfg: {
         "old": role, "chance": problems, "passes": {}})
-    monkeypatch.setattr(vcopd, "kl_and_entropy", lambda policy, p, q, batches, cfg: [
+    monkeypatch.setattr(vcopd, "kl_and_entropy", lambda policy, p, q, batches: [
         (p, q, batches), (p, batches)])
     toy.edit_metrics, toy.benchmark = ("excess_edit",), "benchmark"
     visited = [(role, "new", 1, False)]
@@ -1383,35 +1406,35 @@ def test_each_number_of_a_report_is_of_the_right_role_and_prompts(role, toy, mon
 
 
 @pytest.mark.parametrize("broken, change", [
-    ("", {}), ("", {"excess_edit": None}), ("pass rate up", {"passes": [1] * 2 + [0] * 98}),
+    ("", {}), ("pass rate up", {"passes": [1] * 2 + [0] * 98}),
     ("general benchmark kept", {"old": 0.879}), ("KL within budget", {"kl_to_base": 0.051}),
     ("entropy kept", {"entropy": 0.59}), ("entropy kept", {"entropy_anchors": 0.79}),
     ("extra edits not up", {"excess_edit": 0.101})])
 def test_a_run_has_improved_if_every_condition_of_the_essay_holds(broken, change):
-    """Each just holds, and is then broken alone. What nothing passed has no edits to compare."""
-    def scores(passes, old, excess_edit, **others) -> dict:
+    """Each just holds, and is then broken alone. What cannot be tested neither holds nor fails."""
+    def scores(passes, old, excess_edit, asked=(1,), **others) -> dict:
         return {"in_domain": {"passes": passes, "pass@1": 0.5, "excess_edit": excess_edit},
-                "general": {"old": old}, **others}
+                "general": {"old": old, "passes": {"old": asked}}, **others}
 
     before = scores([0] * 100, 0.9, 0.1, entropy=2.0, entropy_anchors=1.0)
     after = {"passes": [1] * 9 + [0] * 91, "old": 0.881, "excess_edit": 0.1, "kl_to_base": 0.05,
-             "entropy": 0.6, "entropy_anchors": 0.8, "kl_from_base": 9.0}
-    verdict = vcopd.judge_run(before, scores(**after | change), vcopd.Config(kl_budget=0.05))
+             "entropy": 0.6, "entropy_anchors": 0.8, "kl_from_base": 9.0} | change
+    verdict = vcopd.judge_run(before, scores(**after), vcopd.Config(kl_budget=0.05))
     assert verdict["improved"] is (not broken)
     assert "".join(n for n, c in verdict["conditions"].items() if not c["holds"]) == broken
-    assert len(verdict["conditions"]) == 5 - ("excess_edit" in change and not broken)
+    nothing = scores([0] * 100, 0.0, None, (), entropy=2.0, entropy_anchors=0.0)
+    held = vcopd.judge_run(nothing, scores(**after | {"old": 0.0}), vcopd.Config(kl_budget=0.05))
+    assert [name for name, condition in held["conditions"].items() if condition["holds"] is None
+            ] == ["general benchmark kept", "extra edits not up"]
 
 
 def test_the_interval_over_seeds_and_problems_is_that_of_all_resamples():
-    """Two seeds, two problems: 4 x 4 resamples are equally likely. One seed is the plain case."""
+    """Two seeds, two problems: 4 x 4 resamples are equally likely."""
     before, change = [[0, 0], [0, 1]], torch.tensor([[1.0, 0.0], [1.0, 0.0]])
     pairs = [list(pair) for pair in itertools.product((0, 1), repeat=2)]
     means = [change[seeds][:, problems].mean() for seeds in pairs for problems in pairs]
     low, high = vcopd.paired_bootstrap(before, (change + torch.tensor(before)).tolist())
     assert (low, high) == (min(means), max(means))  # each has more than 2.5 % of the mass
-    low, high = vcopd.paired_bootstrap([0] * 100, [1] * 30 + [0] * 70)
-    error = 1.96 * (0.3 * 0.7 / 100) ** 0.5
-    assert (low, high) == pytest.approx((0.3 - error, 0.3 + error), abs=0.02)
 
 
 def test_the_frontier_is_the_best_of_all_looks_within_the_budgets():
@@ -1508,18 +1531,20 @@ def test_plot_draws_runs_and_comparisons(whole, done, tmp_path, monkeypatch, cap
     table, looks = tmp_path / "all", [[{"step": 0, "eval_pass": 0.5, "eval_kl": 0.0}]] * 2
     table.mkdir()
     (table / "table.json").write_text(json.dumps({"looks": {"rl": {"1": looks, "2": looks}}}))
-    drawn = subprocess.run([sys.executable, vcopd.__file__, "--plot", table, done], text=True,
+    drawn = subprocess.run([sys.executable, vcopd.__file__, "--plot", table], text=True,
                            capture_output=True)
     assert (drawn.returncode, drawn.stdout) == (0, f"The picture is {table / 'plot.png'}\n")
     assert (table / "plot.png").read_bytes().startswith(b"\x89PNG")
-    assert results(done) == results(whole["vcopd"]) and not (done / "plot.png").exists()
     labels, one, none = [], ["--plot", str(done)], str(tmp_path / "none")
+    monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr("matplotlib.axes.Axes.plot", lambda *_, label: labels.append(label))
+        patch.setattr("matplotlib.axes.Axes.plot", lambda *_, label="", **__: labels.append(label))
         assert run([*one, str(done)]) == 0
-    assert labels == [str(done)] * 12  # every panel of every run
+    assert labels == ["", str(done)] * 12  # in every panel each run, raw and smoothed
+    assert Path("plot.png").exists() and not (done / "plot.png").exists()
+    assert run(one) == 0 and results(done) == results(whole["vcopd"])
     refused(capsys, done, one, {"metrics.jsonl": [
-        None, b"3", b'{"step": 1, "kl": null}', b'{"step": 1, "kl"', b"[" * 99999]})
+        None, b"3", b'{"step": 1, "kl": [1]}', b'{"step": 1, "kl"', b"[" * 99999]})
     refused(capsys, table, ["--plot", str(table)], {"table.json": [b"", b"[]", b"{}"]})
     (done / "plot.png").unlink()
     (done / "plot.png").mkdir()
@@ -1550,9 +1575,7 @@ def test_no_option_takes_a_value_out_of_its_range(capsys):
 @pytest.mark.parametrize(("line", "words"), [
     ("--stesp 3", "--stesp"), ("extra", "extra"), ("--unsafe-judge yes", "yes"),
     ("--resume", "--resume"), ("--resume DIR", "no run of this version"),
-    ("--resume DIR/text", "DIR/text"), ("--resume DIR/none", "DIR/none"),
-    ("--resume DIR/run --lr 1", "--lr 1.0 would break the continuation"),
-    ("--resume DIR/run --steps 4", "step 6 is saved, beyond --steps 4"),
+    ("--resume DIR/run --lr 1", "holds other options (--lr)"),
     ("--method rl --teacher-coef 1", "--teacher-coef contradicts --method rl"),
     ("--compare --method sft", "contradicts --compare"), ("--ablations --teacher none", "need a"),
     ("--inspect --bench", "not allowed with"),
@@ -1560,7 +1583,7 @@ def test_no_option_takes_a_value_out_of_its_range(capsys):
     ("--method opd --teacher none", "need a teacher"), ("--method rl --rollouts 1", "--rollouts 1"),
     ("--teacher none --rollouts 1", "--rollouts 1"), ("RUN --data x", "x cannot be read"),
     ("RUN --out DIR/text", "DIR/text"), ("RUN --out DIR/text/run", "DIR/text/run"),
-    ("RUN --out DIR/odd", "DIR/odd"),
+    ("RUN --out DIR/odd", "DIR/odd"), ("RUN --model DIR/run", "give DIR/run/adapter"),
     ("RUN --model no/such/model", "no/such/model cannot be used "),
     ("RUN --model owner/name --device cpu", "works on --device cpu"),
     ("RUN --model DIR", "DIR cannot be used"), ("RUN --device cuda:99", "--device cuda:99"),
@@ -1620,9 +1643,11 @@ def test_a_damaged_model_or_adapter_folder_is_one_sentence(base, whole, small, t
     (tmp_path / base.name / "config.json").write_text(larger)
     with pytest.raises(vcopd.RunError, match="no weights for model.layers.2"):
         load(tmp_path / base.name)
+    with pytest.raises(vcopd.RunError, match="delete it, and it is built again"):  # as tiny is
+        load(shutil.copytree(tmp_path / base.name, tmp_path / "vcopd/tiny"))
 
 
-def test_a_damaged_run_folder_is_one_sentence(whole, done, monkeypatch, capsys):
+def test_a_damaged_run_folder_is_one_sentence(whole, done, capsys):
     """Config, metrics and checkpoints: cut, empty, of another kind, of another run."""
     (done / "report.json").unlink()
     held, state = read(done / "config.json"), (done / "checkpoint/state.pt").read_bytes()
@@ -1631,31 +1656,29 @@ def test_a_damaged_run_folder_is_one_sentence(whole, done, monkeypatch, capsys):
         "config.json": [other, b"", b"{}", b"[]", b"nul", b"\xff", b"[" * 99999, other[:-9]],
         "metrics.jsonl": [None, b"", b"{}\n", b"\xff\n"],
         "checkpoint/state.pt": [state[:-20], b"", b"{}"]})
-    with monkeypatch.context() as patch, pytest.raises(TypeError):
-        patch.setattr(vcopd, "evaluate", None)  # a defect of ours: a traceback is right
-        run(["--resume", str(done)])
     assert run(["--resume", str(done)]) == 0  # all of it could be mended
     assert results(done) == results(whole["vcopd"])
 
 
 @pytest.mark.parametrize("method", ["vcopd", "sft"])
 def test_two_ranks_that_stop_and_go_on_equal_one_process(method, base, small, tmp_path, capfd):
-    """With Step 1, replay and evaluation. A small nucleus is greedy: all draw the same answers."""
+    """With Step 1, replay, evaluation; one process goes on in between. The nucleus is greedy."""
     def as_rank(number: str, port: int, arguments: list[str]) -> int:  # as torchrun starts it
-        os.environ.update(TORCHELASTIC_RUN_ID="x", WORLD_SIZE="2", RANK=number, LOCAL_RANK=number,
+        os.environ.update(TORCHELASTIC_RUN_ID="x", WORLD_SIZE=world, RANK=number, LOCAL_RANK=number,
                           MASTER_ADDR="localhost", MASTER_PORT=str(port))
         return run(arguments)
 
     more = ["--method", method, "--format-threshold", "1", "--top-p", "0.01", "--lr", "0.003",
             "--format-examples", "4", *(["--replay-share", "0.5"] if method == "vcopd" else [])]
     assert run(options(base, tmp_path / "one", *more)) == 0
-    for line in (options(base, tmp_path / "two", *more, "--steps", "4"),
-                 ["--resume", str(tmp_path / "two"), "--steps", "6"]):
+    resume = ["--resume", str(tmp_path / "two"), "--steps"]
+    for world, line in (("2", options(base, tmp_path / "two", *more, "--steps", "2")),
+                        ("1", [*resume, "4"]), ("2", [*resume, "6"])):
         capfd.readouterr()
         with socket.create_server(("localhost", 0)) as free:
             port = free.getsockname()[1]
-        children = [forked(as_rank, number, port, line) for number in "01"]
-        assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+        children = [forked(as_rank, str(rank), port, line) for rank in range(int(world))]
+        assert [os.waitpid(child, 0)[1] for child in children] == [0] * int(world)
         assert capfd.readouterr().out.count("Verdict:") == 1  # rank 0 speaks for both
     one, two = (read(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     for ours, theirs in zip(two, one, strict=True):
@@ -2163,19 +2186,6 @@ def test_the_checkers_of_old_skills_are_exact():
         assert one.skill == two.skill or not tasks.verify_skill(one, two.reference).passed
 
 
-def test_every_family_and_bug_is_trained_and_out_of_domain_both_are_others():
-    """Else one whose bugs no test sees is never drawn, in silence; and names could hide a copy."""
-    seen, unseen = (tasks.read_families(text) for text in (tasks.FAMILIES, tasks.FAMILIES_UNSEEN))
-    bodies = [re.sub(r"\w+", "", source.split('"""')[-1]) + name for name, source in seen + unseen]
-    assert (len(seen), len(unseen)) >= (28, 8) and len(set(bodies)) == len(bodies)
-    task = built("codeedit")
-    known, new, other = ({part for example in examples for part in example.id.split("/")[:2]}
-                         for examples in (task.train, *list(task.evals.values())[1:]))
-    assert known == {name for name, _ in seen} | set(tasks.OPERATORS)
-    assert new - known == set(tasks.OPERATORS_UNSEEN)
-    assert {name for name, _ in unseen} < other and not other & {name for name, _ in seen}
-
-
 def test_the_web_over_edits_and_every_knob_turns_what_it_says():
     """Over-editing and demonstrations in another style must pass: the verdict is about restraint.
     Half of the hints are wrong where they should be, and a style is worn by those that have one."""
@@ -2216,10 +2226,14 @@ def test_what_was_learnt_is_shown_by_a_fixed_bug_and_an_over_edit_that_is_gone(c
     before = {"passes": [0, 1, 1], "answers": [one.buggy, guarded, three.reference]}
     after = {"passes": [1] * 3, "answers": [e.reference for e in (one, two, three)]}
     tasks.show_learnt(before, after, [one, two, three])
-    told = capsys.readouterr().out
-    assert [told.count(f"{e.id}, {when}:") for e in (one, two, three)
-            for when in ("before", "after")] == [1, 1, 1, 1, 0, 0]
-    assert "(the problem, unchanged)" in told and "+    if" in told
+    told = capsys.readouterr().out.split("\nHeld-out problem ")[1:]
+    assert [text.split("\n")[0] for text in told] == ["problem 0", "problem 1"]
+    assert "- before training, fails:\n(unchanged)\n- after training, passes:\n" in told[0]
+    assert "+    if" in told[1].split("- after")[0] and "+    if" not in told[1].split("- after")[1]
+    question = tasks.Example("sum", "What is 1 + 1?", "2", "")
+    tasks.show_learnt(*({"passes": [p], "answers": [str(p + 1)]} for p in (0, 1)), [question])
+    assert capsys.readouterr().out == ("\nHeld-out problem sum\nWhat is 1 + 1?\n- before training, "
+                                       "fails:\n1\n- after training, passes:\n2\n")
 
 
 @pytest.mark.parametrize("split", ["train", "out_of_domain"])
@@ -2278,9 +2292,6 @@ def test_one_plain_integer_on_the_last_line_is_judged_and_nothing_else():
     for text in ("Answer: 41", "Answer: -42", "Answer: 0", "Answer: " + "4" * 18):
         wrong = tasks.Verdict(-1.0, False, True, "wrong value", {})
         assert tasks.verify_arithmetic(SUM, text) == wrong
-    for value in ("-7", "0", "999999999999999999"):
-        example = tasks.Example("a", "?", f"Reasoning.\nAnswer: {value}", hint=value)
-        assert tasks.verify_arithmetic(example, f"Answer: {value}").passed
     for text in NO_INTEGER:
         found = tasks.verify_arithmetic(SUM, text)
         assert (found.reward, found.formatted) == (-1.0, False), text
@@ -2624,7 +2635,6 @@ def test_published_rows_are_accepted_as_they_are(tmp_path):
     assert edit.buggy == (HEAD + RAW["buggy_solution"]).strip()
     assert edit.prompt == f"{tasks.EDIT_PROMPT}\n\n{edit.buggy}"
     assert edit.reference == edit.hint == (HEAD + BODY).strip()
-    assert (edit.id, edit.entry_point) == ("P/0", "f")
     assert edit.test_code == f"{HEAD}{BODY}\n{RAW['test']}"
     [program] = load_benchmark(written(tmp_path, RAW))
     assert program.prompt == f"{tasks.PROGRAM_PROMPT}\n\n{HEAD.strip()}"
@@ -2635,8 +2645,8 @@ def test_published_rows_are_accepted_as_they_are(tmp_path):
         assert (found.reward, found.formatted, found.metrics) == (reward, formatted, {})
 
 
-load_benchmark = functools.partial(
-    tasks.load_rows, tasks.program_from_row, tasks.verify_program)
+load_benchmark = functools.partial(tasks.load_rows, tasks.program_from_row, tasks.verify_program)
+load_sums = functools.partial(tasks.load_rows, tasks.sum_from_row, tasks.verify_arithmetic)
 TEST = {"args": [], "expected": 1}
 BAD_ROWS = [
     (b'{"id": "p2", "buggy": ', "expected a JSON object in UTF-8"), (b"{} {}", "Extra data"),
@@ -2649,13 +2659,11 @@ BAD_ROWS = [
     (own("tests"), "got neither"), (own(test_code="x"), "got both"),
     (own(id=7), '"id" must be text without'), (own(id=" "), '"id" must be text'),
     (OWN, 'id "p1" must be unique, line 1 has it'), (own(id="\ud800"), '"id" must be text without'),
-    (own(buggy=[]), '"buggy" must be text without'),
     (own(buggy=BUGGY + "\0"), '"buggy" must be text without NUL'),
     (own(buggy="def total(:"), '"buggy" must hold the source'),
     (own(reference="x ="), '"reference" must hold the source'),
     (own(buggy=BUGGY + "\n    #" * 9000), "20,000 bytes"),
-    (own(buggy="def f(): pass"), '"buggy" must hold'), (own(reference=BUGGY), "must differ"),
-    (own(reference="def f(): pass"), "no function total"),
+    (own(buggy="def f(): pass"), '"buggy" must hold'), (own(reference=BUGGY), "must pass"),
     (own(entry_point="items"), "no function items"),
     (own(reference=f"Fixed:\n{FIXED}"), '"reference" must hold the source'),
     (own(tests="assert"), 'must be a list of {"args": [...], "expected": ...}, got \'assert\''),
@@ -2684,10 +2692,18 @@ BAD_PROGRAMS = [
     (raw(canonical_solution="    return x"), 'id "P/0": its reference must pass')]
 
 
+BAD_SUMS = [
+    ({"prompt": "x"}, '"answer" must be text'), ({"answer": "1"}, '"prompt" must be text'),
+    ({"prompt": "x", "answer": "one"}, "its reference must pass its tests"),
+    ({"prompt": "x", "answer": "1", "hint": []}, '"hint" must be text'),
+    ({"question": 3, "answer": "#### 3"}, '"question" must be text')]
+
+
 @pytest.mark.parametrize("read, good, row, says", [
     *((tasks.load_edits, OWN, *bad) for bad in BAD_ROWS),
+    *((load_sums, {"prompt": "1", "answer": "1"}, *bad) for bad in BAD_SUMS),
     *((load_benchmark, raw(task_id="good"), *bad) for bad in BAD_PROGRAMS)],
-    ids=[says for _, says in BAD_ROWS + BAD_PROGRAMS])
+    ids=[says for _, says in BAD_ROWS + BAD_SUMS + BAD_PROGRAMS])
 def test_a_bad_row_stops_with_file_line_and_field(read, good, row, says, tmp_path, capsys):
     """Or is left out, and why is told."""
     path = written(tmp_path, good, b"", row)
@@ -2732,7 +2748,7 @@ def test_experts_stay_frozen_while_attention_learns(kind, options, beyond, tmp_p
     vcopd.adapter_optimizer(policy.model, "policy", 0.1)
     facts = vcopd.environment(policy)["out_of_reach_of_lora"]
     assert any(name.startswith(beyond) for name in facts) if beyond else not facts
-    vcopd.imitate(policy, policy.student, rollouts(policy), SMALL)
+    vcopd.imitate(policy, policy.student, rollouts(policy))
     learning = {name for name, p in policy.model.named_parameters() if p.grad is not None}
     assert learning and all(name.endswith(".policy") for name in learning)
 
@@ -2765,8 +2781,7 @@ def test_the_self_check_notices_wrong_positions_in_either_way_of_reading(path, b
         load(base)
 
 
-def test_rows_sampled_at_one_time_follow_from_memory_and_are_halved_when_it_runs_out(
-        base, monkeypatch, capsys):
+def test_rows_sampled_at_one_time_follow_from_memory_and_are_halved(base, monkeypatch, capsys):
     """Keys and values of all rows at once would be 95 GiB for some models."""
     policy, cfg, asked, most = load(base), replace(SMALL, temperature=0.0), [], 100
     assert policy.cache_bytes == 4 * 2 * 2 * 32  # float32, keys and values, layers, 2 heads of 16
@@ -2795,13 +2810,12 @@ def test_rows_sampled_at_one_time_follow_from_memory_and_are_halved_when_it_runs
         vcopd.rollouts(policy, vcopd.BASE, prompts, 2, cfg, None)
 
 
-def test_a_gpu_gets_larger_pieces_and_layers_are_recomputed_only_for_lack_of_memory(
-        base, monkeypatch):
+def test_a_gpu_gets_larger_pieces_and_recomputes_for_lack_of_memory_alone(base, monkeypatch):
     """There a step is bound by launches; recomputing costs a third."""
-    policy, batch = load(base), ragged_batch([(3, 600)] * 64)
-    gpu = replace(policy, stop_ids=SimpleNamespace(device=torch.device("cuda")))
-    for who, most, rows in ((policy, 0, 3), (policy, 700, 1), (gpu, 0, 54), (gpu, 700, 1)):
-        assert max(len(index) for index, _ in vcopd.micro_batches(who, batch, most)) == rows
+    for device, asked, tokens in (("cpu", 0, 2048), ("cpu", 700, 700), ("meta", 0, 32768)):
+        with monkeypatch.context() as patch:
+            patch.setattr(vcopd, "self_check", lambda policy: None)
+            assert load(base, device=device, micro_tokens=asked).micro_tokens == tokens
     for pages, recomputed in ((10, 2), (10 ** 9, 0)):
         monkeypatch.setattr(os, "sysconf", lambda name, pages=pages: pages)
         policy = load(base)
@@ -2910,31 +2924,18 @@ GSM8K = {"question": "Ann has 3 boxes of 411 pens. She gives 9 away. How many ar
 
 def test_gsm8k_is_read_as_published_and_so_are_prompts_with_answers(tmp_path):
     """The worked solution is the hint, and what SFT imitates; the answer alone is judged."""
-    task = tasks.arithmetic()
-    [example] = tasks.load_rows(task.row, task.verify, written(tmp_path, GSM8K))
+    [example] = load_sums(written(tmp_path, GSM8K))
     assert example.prompt == GSM8K["question"] + "\nEnd with a line 'Answer: N'."
     assert example.hint == example.reference == (
         "She has 1,233 pens.\n1,224 stay.\nAnswer: 1,224")
     rows = [{"prompt": "2 halves?", "answer": "1", "id": "one"},
             {"prompt": "x", "answer": "Answer: 7"},
             {"prompt": "3 * 2?", "answer": "6.0", "hint": "twice three"}]
-    one, two, three = tasks.load_rows(task.row, task.verify, written(tmp_path, *rows))
+    one, two, three = load_sums(written(tmp_path, *rows))
     assert (one.id, one.reference, one.hint) == ("one", "Answer: 1", "Answer: 1")
     assert two.reference == "Answer: 7" and two.id != three.id
     assert three.reference == three.hint == "twice three\nAnswer: 6.0"
-    assert task.verify(three, "Answer: 6").passed and not task.verify(three, "Answer: 7").passed
-
-
-@pytest.mark.parametrize(("row", "says"), [
-    ({"prompt": "x"}, '"answer" must be text'), ({"answer": "1"}, '"prompt" must be text'),
-    ({"prompt": "x", "answer": "one"}, "its reference must pass its tests"),
-    ({"prompt": "x", "answer": "1", "hint": []}, '"hint" must be text'),
-    ({"question": 3, "answer": "#### 3"}, '"prompt" must be text')])
-def test_a_row_that_nobody_can_pass_names_its_line(row, says, tmp_path):
-    """One sentence, with the file and the line."""
-    task = tasks.arithmetic()
-    with pytest.raises(tasks.UserError, match="line 1: .*" + re.escape(says)):
-        tasks.load_rows(task.row, task.verify, written(tmp_path, row))
+    assert [tasks.verify_arithmetic(three, f"Answer: {n}").passed for n in (6, 7)] == [True, False]
 
 
 @pytest.mark.parametrize(("line", "value"), [
@@ -2971,8 +2972,8 @@ def test_anchors_of_a_file_are_replayed_and_judged_by_their_words(base, small, t
 
 @pytest.mark.parametrize(("program", "says"), [
     (None, "No such file"), ("x = 1", "not enough values"), ("def f(:", "invalid syntax"),
-    ("1 / 0", "ZeroDivisionError"), ("from tasks import *\n\ndef a() -> Task: pass\n"
-                                     "def b() -> Task: pass", "too many values"),
+    ("1 / 0", "ZeroDivisionError"), ("def a() -> 'Task': pass", "TypeError"),
+    ("def a() -> 'Task': pass\ndef b() -> 'Task': pass", "too many values"),
     ("from tasks import *\n\ndef a() -> Task:\n    raise KeyError(7)", "KeyError(7)")])
 def test_a_task_file_that_does_not_work_is_one_sentence(program, says, tmp_path, capsys):
     """It names the file, the cause, and what is expected."""
@@ -2995,5 +2996,5 @@ def test_an_own_task_needs_a_corpus_only_for_tiny(base, small, tmp_path, capsys,
         "    judge = lambda e, a: Verdict(1.0, True, True, 'ok', {})\n"
         "    return Task('own', judge, rows, {'in_domain': rows}, [], [], (rows, []))\n")
     assert run(options(base, tmp_path / "run", "--task", "own.py")) == 0
-    assert vcopd.read_config(["--task", "own.py"])[0].out == "runs/own-vcopd-s0"
+    assert vcopd.read_config(["--task", "own.py"]).out == "runs/own-vcopd-s0"
     assert run(["--task", "own.py"]) == 2 and "Task.corpus" in one_error(capsys)

@@ -1,7 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch==2.13.0", "transformers==5.23.0", "numpy==2.4.6", "tqdm==4.70.1",
-#                 "pytest==9.2.0"]
+# dependencies = ["torch==2.13.0", "transformers==5.23.0", "numpy==2.4.6", "tqdm==4.70.1"]
 # ///
 """Verifier-Calibrated On-Policy Distillation (VC-OPD): a reference implementation in one file.
 
@@ -82,6 +81,7 @@ class Config:
     seeds: int = knob(3, "seeds of each run of --compare and --ablations", 1)
     eval_only: bool = knob(False, "evaluate --model and train nothing", heading="other commands")
     inspect: bool = knob(False, "show token by token what a step would credit")
+    ask: str = knob("", "let base, student and teacher answer this text, or the problem of this id")
     bench: bool = knob(False, "time three steps on this machine")
     compare: bool = knob(False, "train every method from one base, and print one table")
     ablations: bool = knob(False, "train VC-OPD with one choice changed at a time; one table")
@@ -173,9 +173,8 @@ from tqdm import tqdm  # noqa: E402
 
 transformers.utils.logging.disable_progress_bar()  # of files; downloads keep theirs
 progress = partial(tqdm, mininterval=1, disable=None, leave=False)  # where somebody is watching
-COMMANDS = {"eval_only": ("method", "steps"), "inspect": (), "bench": (), "compare": ("method",),
-            "ablations": ("method",)}  # and what they settle
-MICRO_TOKENS = {"cpu": 2**11}  # of one forward pass; 2**15 on a GPU, else it waits for launches
+COMMANDS = {"eval_only": ("method", "steps"), "inspect": (), "ask": (), "bench": (),
+            "compare": ("method",), "ablations": ("method",)}  # and what they settle
 LOGITS = 2**22  # held at one time on a CPU, so that (B, T, V) never exists
 LOOK = 64  # validation problems in a look
 OLD = ("old", "replayed", "unreplayed", "chance")  # what a look says of old skills
@@ -228,8 +227,7 @@ def train(policy: Policy, task: tasks.Task, state: State, out: Path, cfg: Config
             answers = policy.decode(batch)
             verdicts = verify_all(task.verify, examples, answers)  # Eq. 1
             reward = torch.tensor([float(v.reward) for v in verdicts], device=policy.device)
-            advantage = (torch.zeros_like(reward) if cfg.blind
-                         else group_advantage(reward, cfg.rollouts))
+            advantage = group_advantage(reward, cfg.rollouts) * (not cfg.blind)
 
             # Step 4: student (still pi_old), reference and teacher score these tokens once
             parts = score(policy, batch, examples, advantage, cfg)
@@ -319,6 +317,7 @@ class Policy:
     pack: int = 1024  # tokens in a row of several answers: in longer ones attention costs more
     memory: float = math.inf  # bytes that keys and values, or activations, may take
     positions: float = math.inf  # tokens in the longest row that it reads
+    micro_tokens: int = 2048  # of one forward pass; more on a GPU, else it waits for launches
     today: str = Config.today
     reference: Role = BASE  # pi_ref and the self teacher. differs: after Step 1
     specialist: Role = BASE  # the adapter of the teacher, if it has one of its own
@@ -342,22 +341,18 @@ class Policy:
 
     def encode(self, prompt: str) -> list[int]:
         """A user message in the model's chat template as ids, with exactly one BOS token."""
-        tokenizer, shown = self.tokenizer, prompt
-        special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
-        if spelt := any(name in prompt for name in special):  # text cannot make special tokens:
-            shown = "\ufffc"  # it stands aside while the template writes its own
-        text = shown + "\n"
-        if tokenizer.chat_template is not None:
-            fixed = date.fromisoformat(self.today).strftime  # else prompts change from day to day
+        tokenizer = self.tokenizer
+        if tokenizer.chat_template is None:
+            ids = tokenizer(f"{prompt}\n", add_special_tokens=False,
+                            split_special_tokens=True).input_ids
+        else:
+            day = date.fromisoformat(self.today).strftime  # else prompts change from day to day
             template = re.sub(r"strftime_now\(['\"](.*?)['\"]\)",
-                              lambda found: repr(fixed(found[1])), tokenizer.get_chat_template())
-            text = tokenizer.apply_chat_template(
-                [{"role": "user", "content": shown}], chat_template=template, tokenize=False,
+                              lambda found: repr(day(found[1])), tokenizer.get_chat_template())
+            ids = tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], chat_template=template, return_dict=False,
+                sanitize_control_tokens=True,  # a special token's name in a prompt is plain text
                 add_generation_prompt=True, enable_thinking=False)  # Qwen3: the answer at once
-        plain = partial(tokenizer, add_special_tokens=False)
-        ids, *others = (plain(part).input_ids for part in (text.split(shown) if spelt else [text]))
-        for part in others:  # before it the prompt, a special token's name like any other word
-            ids = ids + plain(prompt, split_special_tokens=True).input_ids + part
         own = tokenizer("").input_ids[:1]  # it begins with that, as some templates do already
         return own + ids if own == [tokenizer.bos_token_id] and ids[:1] != own else ids
 
@@ -420,7 +415,7 @@ def verify_all(verify, examples: list[tasks.Example], answers: list[str]) -> lis
 
 
 def group_advantage(reward: Tensor, k: int) -> Tensor:
-    """Rewards (B,), prompt-major, compared within each group of K: -> (B,)."""
+    """Rewards (B,), prompt-major, compared in each group of K (GRPO, arXiv:2402.03300): (B,)."""
     group = reward.view(-1, k)  # (P, K)
     std, mean = torch.std_mean(group, 1, correction=0, keepdim=True)
     tied = group.amax(1, keepdim=True) == group.amin(1, keepdim=True)
@@ -434,7 +429,6 @@ def group_advantage(reward: Tensor, k: int) -> Tensor:
 class Experience:
     """A micro-batch of rollouts: all that the loss needs to know of them, without gradients."""
     batch: Batch
-    index: Tensor  # (b,) row numbers in the whole batch
     hidden_ref: Tensor  # (N, D) of pi_ref: its logits would be V / D times larger
     advantage: Tensor  # (b,)
     logp_old: Tensor  # (b, T)
@@ -448,16 +442,15 @@ def score(policy: Policy, batch: Batch, examples: list[tasks.Example], advantage
     """Log-probs of the sampled tokens under pi_old, pi_ref and T, and the gap, in micro-batches.
     P `examples`, `advantage` (B,). The teacher reads the hint before the same ids."""
     parts, k = [], len(advantage) // len(examples)
-    for index, some in micro_batches(policy, batch, cfg.micro_tokens):
+    for index, some in micro_batches(policy, batch):
         hidden_ref = completion_hidden(policy, policy.reference, some)
         logp_teacher = logp_old = log_probs(policy, policy.student, some, cfg.temperature)
         if has_teacher(cfg):
             teacher, role = policy.teacher
-            hinted = [tasks.privileged_prompt(examples[i // k]) for i in index.tolist()]
-            hinted = replace(some, contexts=[teacher.encode(prompt) for prompt in hinted])
-            logp_teacher = log_probs(teacher, role, hinted, cfg.temperature)
-        parts.append(Experience(some, index, hidden_ref, advantage[index], logp_old, teacher_gap(
-            logp_teacher, logp_old, cfg.gap_clip), logp_teacher))
+            hinted = [teacher.encode(tasks.privileged_prompt(examples[i // k])) for i in index]
+            logp_teacher = log_probs(teacher, role, replace(some, contexts=hinted), cfg.temperature)
+        gap = teacher_gap(logp_teacher, logp_old, cfg.gap_clip)
+        parts.append(Experience(some, hidden_ref, advantage[index], logp_old, gap, logp_teacher))
     return parts
 
 
@@ -489,7 +482,7 @@ def token_logps(model: nn.Module, temperature: float, ids: Tensor, hidden: Tenso
 
 def teacher_gap(logp_teacher: Tensor, logp_old: Tensor, clip: float) -> Tensor:
     """How much more the teacher likes each sampled token, clipped: (B, T). Carries no gradient."""
-    return (logp_teacher - logp_old).clamp(-clip, clip).detach()  # Eq. 3
+    return (logp_teacher - logp_old).clamp(-clip, clip).detach()  # Eq. 3, as in arXiv:2601.18734
 
 
 GATES = {  # advantage (B,) -> gate (B,). A new one needs its name in the choices of Config.gate
@@ -529,7 +522,7 @@ def vcopd_loss(terms: Tensor, part: Experience, kl_coef: float, tokens: int, cfg
     log_ratio = (logp - part.logp_old).clamp(-20, 20)  # else exp overflows, and 0 * inf is NaN
     ratio = log_ratio.exp()  # Eq. 6
     objective = torch.minimum(ratio * dense, ratio.clamp(1 - eps, 1 + eps) * dense)
-    policy_loss = -token_mean(objective, mask, tokens)  # Eq. 7
+    policy_loss = -token_mean(objective, mask, tokens)  # Eq. 7 (PPO, arXiv:1707.06347)
     kl_mean = token_mean(kl, mask, tokens)
     kl_loss = kl_coef * kl_mean  # Eq. 8
     entropy_mean = token_mean(entropy, mask, tokens)
@@ -564,7 +557,7 @@ def refresh_replay(policy: Policy, anchors: list[tasks.Example], step: int, cfg:
     batch = rollouts(policy, policy.student, prompts, 1, cfg, seeded("replay", cfg.seed, step))
     verdicts = verify_all(tasks.verify_skill, anchors, policy.decode(batch))
     confidence = torch.zeros(len(anchors))
-    for index, some in micro_batches(policy, batch, cfg.micro_tokens):
+    for index, some in micro_batches(policy, batch):
         logp = log_probs(policy, policy.student, some, cfg.temperature)  # (b, T)
         confidence[index] = (logp.sum(1) / some.mask.sum(1)).cpu()
     by_skill: dict[str, list[int]] = {}  # else the easiest skills would fill the pool
@@ -690,7 +683,7 @@ def read_tokens(policy: Policy, ids: Tensor, seen: Tensor, cache=None) -> tuple:
 
 
 def draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
-    """One token of the nucleus for each row: logits (B, V) -> (B,). Temperature 0 is greedy."""
+    """One token of the nucleus (arXiv:1904.09751) for each row: (B, V) -> (B,). At 0 greedy."""
     if temperature == 0:
         return logits.argmax(-1)
     probs = full = F.softmax(logits / temperature, -1)
@@ -708,14 +701,12 @@ def draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Gene
 
 
 def head(model: nn.Module, hidden: Tensor) -> Tensor:
-    """Hidden states (..., D) -> float32 logits (..., V), scaled and capped as the model does. In
-    bfloat16 logits would be off by up to 0.06: twice the noise of rho, and of KL."""
+    """Hidden (..., D) -> float32 logits (..., V), scaled (Cohere, Granite) or capped (Gemma)."""
     out, config = model.get_output_embeddings(), model.config.get_text_config()
-    weight, bias = (t if t is None else t.float() for t in (out.weight, out.bias))
-    logits = F.linear(hidden.float(), weight, bias)
-    logits = logits * (getattr(config, "logit_scale", None) or 1)  # Cohere
-    logits = logits / (getattr(config, "logits_scaling", None) or 1)  # Granite
-    cap = getattr(config, "final_logit_softcapping", None)  # Gemma
+    scale = (getattr(config, "logit_scale", 0) or 1) / (getattr(config, "logits_scaling", 0) or 1)
+    bias = None if out.bias is None else scale * out.bias.float()
+    logits = F.linear(scale * hidden.float(), out.weight.float(), bias)  # bfloat16 is off by 0.06
+    cap = getattr(config, "final_logit_softcapping", None)
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
@@ -758,10 +749,9 @@ def one_row_per_prompt(policy: Policy, batch: Batch) -> tuple[Tensor | None, ...
     return ids, positions, mask, torch.tensor(places, device=policy.device)
 
 
-def micro_batches(policy: Policy, batch: Batch, most: int) -> list[tuple[Tensor, Batch]]:
-    """Row numbers and rows, of lengths that are alike: about `most` tokens each, with padding."""
-    most = most or MICRO_TOKENS.get(policy.device.type, 2**15)
-    lengths = batch.mask.sum(1).tolist()
+def micro_batches(policy: Policy, batch: Batch) -> list[tuple[Tensor, Batch]]:
+    """Row numbers and rows, alike in length: about `micro_tokens` each, with padding."""
+    most, lengths = policy.micro_tokens, batch.mask.sum(1).tolist()
     sized = [(len(batch.contexts[pack[0]]) + sum(lengths[i] for i in pack), pack)
              for pack in packs(batch, min(policy.pack, most))]
     found = [[]]
@@ -769,8 +759,7 @@ def micro_batches(policy: Policy, batch: Batch, most: int) -> list[tuple[Tensor,
         if found[-1] and (len(found[-1]) + 1) * size > most:
             found.append([])
         found[-1].append(pack)
-    chosen = [torch.tensor(sum(members, [])) for members in found]
-    return [(index, batch.rows(index)) for index in chosen]
+    return [(i, batch.rows(i)) for i in (torch.tensor(sum(members, [])) for members in found)]
 
 
 def on_tokens(policy: Policy, terms, temperature: float, batch: Batch, *hidden: Tensor) -> Tensor:
@@ -778,8 +767,7 @@ def on_tokens(policy: Policy, terms, temperature: float, batch: Batch, *hidden: 
     Some tokens at a time, and once more in the backward pass. Padding is 0."""
     size = LOGITS * (1 if policy.device.type == "cpu" else 32)
     size = max(1, size // policy.model.get_output_embeddings().weight.shape[0])
-    known = batch.completion[batch.mask]
-    chunks = zip(*(tensor.split(size) for tensor in (known, *hidden)), strict=True)
+    chunks = zip(*(t.split(size) for t in (batch.completion[batch.mask], *hidden)), strict=True)
     flat = torch.cat([checkpoint(terms, policy.model, temperature, *chunk, use_reentrant=False)
                       for chunk in chunks], -1)  # (..., N)
     out = flat.new_zeros(*flat.shape[:-1], *batch.mask.shape)
@@ -795,11 +783,11 @@ def solution_batch(policy: Policy, examples: list[tasks.Example]) -> Batch:
     return Batch([policy.encode(e.prompt) for e in examples], completion, mask)
 
 
-def imitate(policy: Policy, role: Role, batch: Batch, cfg: Config, temperature: float = 1.0,
+def imitate(policy: Policy, role: Role, batch: Batch, temperature: float = 1.0,
             share: float = 1.0) -> float:
     """Add up the gradients of a share of the batch's negative log-likelihood; returns the NLL."""
     value, tokens = 0.0, over_ranks(int(batch.mask.sum()))
-    for _, part in micro_batches(policy, batch, cfg.micro_tokens):
+    for _, part in micro_batches(policy, batch):
         logp = log_probs(policy, role, part, temperature)
         nll = -token_mean(logp, part.mask, tokens)  # differs: no PPO ratio, pi_old is long gone
         total_loss(0.0, nll, share).backward()
@@ -812,7 +800,7 @@ def sft_step(policy: Policy, role: Role, examples: list, state: State, cfg: Conf
     batch = solution_batch(policy, examples)
     for epoch in range(cfg.epochs):
         share, info = imitate_replay(policy, state, epoch, cfg)
-        info["nll"] = imitate(policy, role, batch, cfg, 1.0, 1 - share)
+        info["nll"] = imitate(policy, role, batch, 1.0, 1 - share)
         grad_norm = optimizer_step(state.optimizer, cfg)
     return {**info, "tokens": int(batch.mask.sum())}, grad_norm
 
@@ -838,7 +826,7 @@ def imitate_replay(policy: Policy, state: State, epoch: int, cfg: Config) -> tup
     count = round(cfg.prompts * cfg.rollouts * cfg.replay_share / (1 - cfg.replay_share))
     drawn = state.replay.rows(torch.randint(len(state.replay.contexts), (max(1, count),),
                                             generator=seeded("mix", cfg.seed, state.step, epoch)))
-    loss = imitate(policy, policy.student, drawn, cfg, cfg.temperature, cfg.replay_share)
+    loss = imitate(policy, policy.student, drawn, cfg.temperature, cfg.replay_share)
     return cfg.replay_share, {"replay_loss": loss}
 
 
@@ -869,8 +857,7 @@ def rollout_metrics(policy: Policy, batch: Batch, verdicts: list, cfg: Config) -
 
 
 # Several devices: torchrun --nproc_per_node N vcopd.py ...; from the command line to a Config =
-# Each process ("rank") holds the whole model and samples its share of the prompts. Gradients and
-# metrics are summed. All ranks evaluate alike; those above 0 print nothing and write to rank1, ...
+# Each rank samples its share of the prompts; gradients and metrics are summed; rank 0 writes.
 
 def over_ranks(value):
     """The sum over ranks of a number, or of dicts, key by key."""
@@ -882,44 +869,41 @@ def over_ranks(value):
         key: sum((box[key] for box in boxes[1:]), boxes[0][key]) for key in value}
 
 
-def join_ranks(cfg: Config) -> Config:
-    """Meet the other processes, if torchrun started this one; its Config. Raises RunError."""
+def join_ranks(cfg: Config, task: tasks.Task) -> None:
+    """Meet the other processes, if torchrun started this one. Raises RunError."""
     if not dist.is_torchelastic_launched():
-        return cfg
+        return
     rank, world, local = (int(os.environ[n]) for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     cuda = cfg.device != "cpu" and torch.cuda.is_available()
     if cfg.prompts % world or ":" in cfg.device or cuda and local >= torch.cuda.device_count():
         raise RunError(f"--prompts {cfg.prompts} must be a multiple of torchrun's {world} ranks, "
                        "--device cuda or cpu, and with cuda each needs a GPU")
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    elif cfg.model == "tiny":
+        build_tiny(task)
     if cuda:
         torch.cuda.set_device(local)
     dist.init_process_group("nccl" if cuda else "gloo")
-    if rank > 0:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    return replace(cfg, out=f"{cfg.out}/rank{rank}" if rank > 0 else cfg.out)
+    over_ranks(0)  # waits for all: rank 0 may still be building the model tiny
 
 
-def read_config(arguments: list[str]) -> tuple[Config, bool]:
-    """Defaults, then the presets of model, task and method, then what was said; resuming?"""
+def read_config(arguments: list[str]) -> Config:
+    """Defaults, then the presets of model, task and method, or an old run's; then what was said."""
     parser = build_parser()
     said = vars(parser.parse_args(arguments))
     for option in (f for f in fields(Config) if f.name in said):
         low, value, high = option.metadata["low"], said[option.name], option.metadata["high"]
         if type(value) in (int, float) and not low <= value <= high:
             parser.error(f"{flag(option.name)} is {value}: give a number from {low} to {high}")
-    if (out := said.pop("resume", None)) is not None:  # what was said may prolong or move that run
+    if "" in said.values():  # an unset variable of the shell
+        parser.error("an option has an empty value: leave it out")
+    if out := said.pop("resume", ""):
         try:
             held = json.loads(Path(out, "config.json").read_text("utf-8"))
-            saved = Config(**{**held, **{f.name: held[f.name] for f in fields(Config)}})
+            return Config(**held | said | {"out": out})
         except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
             parser.error(f"--resume {out} is no run of this version ({error!r}): give its --out")
-        for key in said.keys() - {"steps", "save_every", "device", "micro_tokens"}:
-            if said[key] != getattr(saved, key):
-                parser.error(f"{flag(key)} {said[key]} would break the continuation: leave it out")
-        if Path(out, "report.json").exists() and said.get("steps", 0) <= saved.steps:
-            print(f"{out} is finished: read report.json there, or add --steps above {saved.steps}")
-            sys.exit(0)
-        return replace(saved, **{**said, "out": out}), True
     cfg = Config(**said)
     tiny, method = TINY | tasks.PRESETS.get(cfg.task, {}), METHODS[cfg.method]
     cfg = Config(**{**(tiny if cfg.model == "tiny" else {}), **method, **said})
@@ -935,7 +919,7 @@ def read_config(arguments: list[str]) -> tuple[Config, bool]:
     if cfg.rollouts == 1 and (cfg.compare or not (cfg.imitate or has_teacher(cfg))):
         parser.error("--rollouts 1 leaves no other answer to compare with: give at least 2")
     kind = command.removesuffix("_only") or f"{cfg.method}-s{cfg.seed}"
-    return replace(cfg, out=cfg.out or f"runs/{Path(cfg.task).stem}-{kind}"), False
+    return replace(cfg, out=cfg.out or f"runs/{Path(cfg.task).stem}-{kind}")
 
 
 # PART III - RUNNING IT: the built-in model, real ones, evaluation, run folder, commands ########
@@ -966,7 +950,7 @@ def build_tiny(task: tasks.Task) -> str:
             policy = pretrain(documents, recipe)
             policy.model.save_pretrained(aside)
             policy.tokenizer.save_pretrained(aside)
-            with contextlib.suppress(OSError):  # where another process was first
+            if not folder.exists():  # else another process was first
                 os.rename(aside, folder)  # at the end: an interrupted build leaves no model
     return str(folder)
 
@@ -991,7 +975,7 @@ def pretrain(documents: list[tuple[str, str]], recipe: dict) -> Policy:
     torch.manual_seed(recipe["seed"])
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         **SHAPE, vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=end, pad_token_id=end))
-    policy, cfg = Policy(model, tokenizer, torch.tensor([end]), end), Config(micro_tokens=1024)
+    policy = Policy(model, tokenizer, torch.tensor([end]), end, micro_tokens=1024)
     corpus = solution_batch(policy, [tasks.Example("", *pair, "") for pair in documents])
     tokens = sum(map(len, corpus.contexts)) + int(corpus.mask.sum())
     size = recipe["batch_tokens"] * len(documents) // tokens  # rows of a batch
@@ -1000,27 +984,20 @@ def pretrain(documents: list[tuple[str, str]], recipe: dict) -> Policy:
         schedule = min(1, (step + 1) / 50) * (0.05 + 0.95 * (1 - step / recipe["steps"]))
         optimizer.param_groups[0]["lr"] = recipe["lr"] * schedule
         batch = corpus.rows(torch.tensor(rng.choices(range(len(documents)), k=size)))
-        imitate(policy, BASE, batch, cfg)
-        optimizer_step(optimizer, cfg)
+        imitate(policy, BASE, batch)
+        optimizer_step(optimizer, Config())
     return policy
 
 
 # Real models: any causal LM, as student or as teacher, and adapters in PEFT's format =========
 
 def load(cfg: Config, task: tasks.Task) -> tuple[Policy, tasks.Task]:
-    """The policy, and the task without rows that it cannot read. Raises RunError."""
-    policy = load_policy(cfg, task)
-    limit = min(policy.positions, policy.teacher[0].positions) - cfg.max_new_tokens
-    return policy, tasks.fitting(task, limit, lambda x: len(policy.encode(x)), cfg.skip_bad_rows)
-
-
-def load_policy(cfg: Config, task: tasks.Task | None) -> Policy:
-    """A causal LM in all its roles, with a fresh policy adapter. Raises RunError."""
+    """A causal LM in all its roles, and the task without rows it cannot read. Raises RunError."""
     name = build_tiny(task) if cfg.model == "tiny" else cfg.model
     base = adapter_base(name)
     policy = load_frozen(base or name, cfg)
     add_adapter(policy.model, "policy", cfg.lora_rank, cfg.lora_alpha, cfg.seed)
-    if base and cfg.inspect:  # it is the student, and the teacher has none
+    if base and (cfg.inspect or cfg.ask):  # it is the student, and the teacher has none
         load_adapter(policy.model, "policy", Path(name))
     elif base:  # frozen like the format adapter: the reference is the model as given
         policy.reference = load_adapter(policy.model, "start", Path(name))
@@ -1033,12 +1010,14 @@ def load_policy(cfg: Config, task: tasks.Task | None) -> Policy:
             for one in (policy, policy.stronger))
         if own != others or rows > most:
             raise RunError(f"--teacher {cfg.teacher} must know every token by the student's id")
-    return policy
+    limit = min(policy.positions, policy.teacher[0].positions) - cfg.max_new_tokens
+    return policy, tasks.fitting(task, limit, lambda x: len(policy.encode(x)), cfg.skip_bad_rows)
 
 
 def load_frozen(name: str, cfg: Config) -> Policy:
     """A causal LM and its tokenizer: frozen, wrapped in LoRA and checked. Raises RunError."""
-    with reading(name, f"give a model that is whole, reachable and works on --device {cfg.device}"):
+    with reading(name, "delete it, and it is built again" if Path(name).parent.name == "vcopd" else
+                 f"give a model that is whole, reachable and works on --device {cfg.device}"):
         fastest = torch.accelerator.current_accelerator(check_available=True) or "cpu"
         device = torch.empty(0, device=fastest if cfg.device == "auto" else cfg.device).device
         bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -1054,10 +1033,10 @@ def load_frozen(name: str, cfg: Config) -> Policy:
             raise ValueError(f"it holds no weights for {min(info['missing_keys'])}")
         wrap_linears(model.eval())  # no dropout while scoring
         kept = sum(sum(layer.shape) for layer in lora_layers(model).values())  # for one token
-        kept *= model.dtype.itemsize * (cfg.micro_tokens or MICRO_TOKENS.get(device.type, 2**15))
+        micro_tokens = cfg.micro_tokens or (2**11 if device.type == "cpu" else 2**15)
         memory = torch.cuda.mem_get_info(device)[1] / 4 if device.type == "cuda" else (
             os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 4)
-        if kept > memory:
+        if kept * model.dtype.itemsize * micro_tokens > memory:
             recompute_layers(model)
         stops = [tokenizer.eos_token_id, *np.atleast_1d(model.generation_config.eos_token_id)]
         if stops[0] is None:
@@ -1072,15 +1051,14 @@ def load_frozen(name: str, cfg: Config) -> Policy:
         positions = known.get("original_max_position_embeddings") or getattr(
             config, "max_position_embeddings", None) or math.inf
         policy = Policy(model.to(device), tokenizer, torch.tensor(stops, device=device), pad_id,
-                        0 if alone else Policy.pack, memory, positions, cfg.today)
+                        0 if alone else Policy.pack, memory, positions, micro_tokens, cfg.today)
         self_check(policy)
     return policy
 
 
 @torch.no_grad()
 def self_check(policy: Policy) -> None:
-    """Raise ValueError unless greedy samples are what the model chooses, and their log-probs those
-    that it gives to each answer alone, not padded or packed. Measures the cache."""
+    """ValueError unless samples and scores are the model's own for one row. Sets cache_bytes."""
     model, text = policy.model, "Four answers of eight tokens, two to this question"
     prompts, endless = [policy.encode(text), policy.encode(text[:30])], policy.stop_ids[:1] * 0 - 1
     ids, seen = (t.to(policy.device) for t in pad(prompts, policy.pad_id, left=True))
@@ -1117,6 +1095,8 @@ def recompute_layers(model: nn.Module) -> None:
 def adapter_base(name: str) -> str:
     """The base model of an adapter that PEFT has written, '' if that is none. Raises RunError."""
     found = Path(name, "adapter_config.json")
+    if Path(name, "adapter", found.name).exists():
+        raise RunError(f"{name} is the folder of a run: give {name}/adapter")
     with reading(found, "give the whole folder of a plain LoRA adapter of PEFT"):
         return json.loads(found.read_bytes())["base_model_name_or_path"] if found.exists() else ""
 
@@ -1188,7 +1168,7 @@ def look(policy: Policy, task: tasks.Task, cfg: Config) -> dict[str, float]:
               "format": mean(v.formatted for v in found), **{k: kept[k] for k in OLD if k in kept}}
     for name, p, q in (("kl", policy.student, BASE), ("kl_from_base", BASE, policy.student)):
         batches = answer(policy, p, new[:LOOK // 3], 1, 1.0, cfg)[0]
-        scores[name], _ = kl_and_entropy(policy, p, q, batches, cfg)
+        scores[name], _ = kl_and_entropy(policy, p, q, batches)
     return {f"eval_{name}": score for name, score in scores.items()}
 
 
@@ -1198,7 +1178,7 @@ def old_skills(policy: Policy, role: Role, task: tasks.Task, problems: list, cfg
     verdicts = answer(policy, role, problems, 1, 0.0, cfg, tasks.verify_skill)[2]
     chance = 0.0  # of the very reference: it moves before greedy answers do
     for batch in [solution_batch(policy, problems)] if problems else []:
-        for _, part in micro_batches(policy, batch, cfg.micro_tokens):
+        for _, part in micro_batches(policy, batch):
             chance += log_probs(policy, role, part, 1.0).sum(1).exp().sum().item() / len(problems)
     rewards, anchored = [v.reward for v in verdicts], {anchor.skill for anchor in task.anchors}
     groups: dict[str, list[float]] = {"old": rewards}
@@ -1210,10 +1190,10 @@ def old_skills(policy: Policy, role: Role, task: tasks.Task, problems: list, cfg
 
 
 @torch.no_grad()
-def kl_and_entropy(policy: Policy, p: Role, q: Role, batches: list[Batch], cfg: Config) -> list:
+def kl_and_entropy(policy: Policy, p: Role, q: Role, batches: list[Batch]) -> list[float]:
     """KL(p || q) and entropy of p, exact, nats per token, on samples of p at temperature 1."""
     sums, tokens = torch.zeros(2), sum(int(batch.mask.sum()) for batch in batches)
-    for _, part in sum((micro_batches(policy, b, cfg.micro_tokens) for b in batches), []):
+    for _, part in sum((micro_batches(policy, b) for b in batches), []):
         hidden = [completion_hidden(policy, role, part) for role in (p, q)]
         sums += on_tokens(policy, token_terms, 1.0, part, *hidden)[1:].sum((1, 2)).cpu()
     return (sums / max(1, tokens)).tolist()
@@ -1221,6 +1201,7 @@ def kl_and_entropy(policy: Policy, p: Role, q: Role, batches: list[Batch], cfg: 
 
 def evaluate(policy: Policy, task: tasks.Task, role: Role, cfg: Config) -> dict:
     """What the report says of one role: lists are per problem, KL in nats, edits of passes only."""
+    print(f"Evaluating the {'student' if 'policy' in role else 'model as given'} ...", flush=True)
     scores, samples, problems = {}, {}, task.evals["in_domain"]
     for split, examples in task.evals.items():
         _, texts, greedy = answer(policy, role, examples, 1, 0.0, cfg, task.verify)
@@ -1236,10 +1217,10 @@ def evaluate(policy: Policy, task: tasks.Task, role: Role, cfg: Config) -> dict:
     scores["general"] = old_skills(policy, role, task, task.benchmark, cfg)
     visited, from_base = samples["in_domain"], answer(policy, BASE, problems, 1, 1.0, cfg)[0]
     anchors = answer(policy, role, task.anchors, 1, 1.0, cfg)[0]
-    scores["kl_to_base"], scores["entropy"] = kl_and_entropy(policy, role, BASE, visited, cfg)
-    scores["kl_from_base"], _ = kl_and_entropy(policy, BASE, role, from_base, cfg)
-    scores["kl_to_reference"], _ = kl_and_entropy(policy, role, policy.reference, visited, cfg)
-    _, scores["entropy_anchors"] = kl_and_entropy(policy, role, BASE, anchors, cfg)
+    scores["kl_to_base"], scores["entropy"] = kl_and_entropy(policy, role, BASE, visited)
+    scores["kl_from_base"], _ = kl_and_entropy(policy, BASE, role, from_base)
+    scores["kl_to_reference"], _ = kl_and_entropy(policy, role, policy.reference, visited)
+    _, scores["entropy_anchors"] = kl_and_entropy(policy, role, BASE, anchors)
     readers = {"pass@1_with_hint": (policy, role)}
     if has_teacher(cfg) and role != policy.student:  # training does not change the teacher
         readers["pass@1_of_teacher"] = policy.teacher
@@ -1262,20 +1243,21 @@ def judge_run(before: dict, after: dict, cfg: Config) -> dict:
     old, new, kl = before["in_domain"], after["in_domain"], after["kl_to_base"]
     low, high = paired_bootstrap(old["passes"], new["passes"])
     was, now = before["general"]["old"], after["general"]["old"]
-    on_task, on_anchors = (after[name] / before[name] if before[name] else 1.0  # without anchors
+    edits = [scores.get("excess_edit") for scores in (old, new)]  # None: nothing passes or is code
+    on_task, on_anchors = (after[name] / (before[name] or math.nan)
                            for name in ("entropy", "entropy_anchors"))
-    found = {
+    found = {  # holds, None where that cannot be tested; numbers
         "pass rate up": (low > 0, f"{old['pass@1']:.3f} -> {new['pass@1']:.3f}, 95 % interval of "
                                   f"the change [{low:+.3f}, {high:+.3f}]"),
-        "general benchmark kept": (now + 0.02 >= was, f"{was:.3f} -> {now:.3f}, may fall by 0.02"),
+        "general benchmark kept": (now + 0.02 >= was if before["general"]["passes"]["old"] else
+                                   None, f"{was:.3f} -> {now:.3f}, may fall by 0.02"),
         "KL within budget": (kl <= cfg.kl_budget, f"{kl:.4f} of {cfg.kl_budget} nats/token"),
-        "entropy kept": (on_task >= 0.3 and on_anchors >= 0.8, f"x{on_task:.2f} on the task (at "
-                         f"least 0.3), x{on_anchors:.2f} on anchors (at least 0.8)")}
-    edits = old.get("excess_edit"), new.get("excess_edit")
-    if None not in edits:  # not so where nothing passes, or where nothing is edited
-        found["extra edits not up"] = edits[1] <= edits[0], "{:.4f} -> {:.4f}".format(*edits)
-    return {"improved": all(holds for holds, _ in found.values()), "conditions": {
-        name: {"holds": bool(holds), "numbers": text} for name, (holds, text) in found.items()}}
+        "entropy kept": (not (on_task < 0.3 or on_anchors < 0.8), f"x{on_task:.2f} on the task (at "
+                         f"least 0.3), x{on_anchors:.2f} on anchors (at least 0.8)"),
+        "extra edits not up": (None, "none to compare") if None in edits else (
+            edits[1] <= edits[0], "{:.4f} -> {:.4f}".format(*edits))}
+    return {"improved": all(holds is not False for holds, _ in found.values()), "conditions": {
+        name: {"holds": holds, "numbers": text} for name, (holds, text) in found.items()}}
 
 
 # A whole run, its folder, and what the terminal shows of it ==================================
@@ -1292,6 +1274,8 @@ def reading(path: Path | str, advice: str):
 
 def write_atomic(path: Path, value) -> None:
     """Bytes, or else JSON: the old file or the new one, never half of it, if the disk is full."""
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return
     data = value if isinstance(value, bytes) else (json.dumps(value, indent=2) + "\n").encode()
     aside = path.with_suffix(".new")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -1326,8 +1310,6 @@ def load_checkpoint(folder: Path, policy: Policy, state: State, cfg: Config) -> 
         saved = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         if saved["data"] != state.data:
             raise ValueError("its data, or its task, have changed")
-        if saved["step"] > cfg.steps:
-            raise ValueError(f"step {saved['step']} is saved, beyond --steps {cfg.steps}")
         if "format" in saved["reference"]:
             add_adapter(policy.model, "format", cfg.format_rank, cfg.format_rank, cfg.seed)
         policy.reference = saved["reference"]
@@ -1344,14 +1326,6 @@ def load_checkpoint(folder: Path, policy: Policy, state: State, cfg: Config) -> 
             os.truncate(folder.parent / name, size)
 
 
-def holds_run(cfg: Config) -> bool:
-    """Is this very run in its folder? Raises RunError where there is another, or other data."""
-    found, taken = Path(cfg.out, "config.json"), any(Path(cfg.out).glob("*.json*"))
-    if taken and (not found.exists() or {**read_json(found), "out": cfg.out} != asdict(cfg)):
-        raise RunError(f"{cfg.out} holds other options or data: give another --out, or delete it")
-    return found.exists()
-
-
 def ask_to_stop(state: State, *signal_and_frame) -> None:
     """Ctrl-C and SIGTERM while training: stop after this step; the second one stops at once."""
     if state.stopping and not dist.is_initialized():  # torchrun passes one Ctrl-C on twice
@@ -1360,16 +1334,28 @@ def ask_to_stop(state: State, *signal_and_frame) -> None:
     os.write(2, b"\nStopping after this step.\n")  # print may be busy
 
 
+HOPELESS = (  # key of metrics.jsonl, a value with which nothing is learnt, and what to do
+    ("truncated", 1, "every answer was cut off: raise --max-new-tokens"),
+    ("format_rate", 0, "no answer was well-formed: raise --format-lr or --format-examples"),
+    ("tied_rollouts", 1, "all answers to a prompt were worth the same: raise --rollouts"))
+
+
 def log_step(out: Path, metrics: dict, samples: list[dict], seconds: float) -> None:
     """Append to metrics.jsonl and samples.jsonl (step 0 begins them); print what is of COLUMNS."""
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return
     for name, records in (("metrics.jsonl", [metrics]), ("samples.jsonl", samples)):
         with open(out / name, "a" if metrics["step"] else "w", encoding="utf-8") as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
-    shown = {n: f"{v:.4g}" for n, v in {**metrics, "seconds": seconds}.items() if n in COLUMNS}
-    names = [name for name in COLUMNS if name in shown or name.startswith("eval_")]
-    if metrics["step"] % 20 == 1:
+    told, rows = {**metrics, "seconds": seconds}, read_json(out / "metrics.jsonl")
+    names = [name for name in COLUMNS if name in told or name in rows[0]]  # of the method and task
+    if metrics["step"] % 20 < 2:
         print("".join(f"{COLUMNS[name]:>8}" for name in names))
-    print("".join(f"{shown.get(name, ''):>8}" for name in names), flush=True)
+    print("".join(f"{told.get(name, ''):>8{'.3g' * (type(told.get(name)) is float)}}"
+                  for name in names), flush=True)
+    for key, value, advice in HOPELESS if metrics["step"] % 10 == 0 else ():
+        if all(row.get(key) == value for row in rows[-10:]):
+            return print(f"In the last ten steps {advice}", flush=True)
 
 
 def examples_at(task: tasks.Task, step: int, cfg: Config) -> list[tasks.Example]:
@@ -1398,38 +1384,58 @@ def environment(policy: Policy) -> dict:
 def run(cfg: Config, task: tasks.Task) -> dict:
     """One whole run, or one evaluation, in the folder `cfg.out`; its report. Raises RunError."""
     started, out = time.perf_counter(), Path(cfg.out)
+    join_ranks(cfg, task)
     policy, task = load(cfg, task)
     optimizer = None if cfg.eval_only else adapter_optimizer(policy.model, "policy", cfg.lr)
-    data = hashlib.sha256(repr((task.train, task.evals, task.anchors)).encode()).hexdigest()
-    state, facts = State(optimizer, cfg.kl_coef, data=data), environment(policy)
+    data = hashlib.sha256(repr((task.train, task.evals, task.anchors, task.benchmark)).encode())
+    state, facts = State(optimizer, cfg.kl_coef, data=data.hexdigest()), environment(policy)
     print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
     if resumed := all((out / name).exists() for name in ("config.json", "checkpoint/state.pt")):
         load_checkpoint(out / "checkpoint", policy, state, cfg)
     (out / "report.json").unlink(missing_ok=True)
     write_atomic(out / "config.json", asdict(cfg))
     if cfg.eval_only:
+        trained = Path(cfg.model).with_name("config.json")
+        if trained.exists() and (other := read_json(trained).get("task")) != cfg.task:
+            print(f"Mind that {cfg.model} was trained with --task {other}, not {cfg.task}")
         report = {"scores": evaluate(policy, task, policy.reference, cfg)}
         print_table({"scores": {k: f"{np.mean(x):.3f}" for k, x in flat(report["scores"]).items()}})
     else:
         report = learn(policy, task, state, resumed, cfg)
-    report |= {"seconds": time.perf_counter() - started, "environment": facts}
+    peak = (torch.cuda.max_memory_allocated() if policy.device.type == "cuda" else 1024 *
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 2**30  # macOS: in bytes already
+    report |= {"seconds": time.perf_counter() - started, "peak_gib": peak, "environment": facts}
     write_atomic(out / "report.json", report)
+    print(f"\n{report['seconds']:.0f} s, peak memory {peak:.2f} GiB", flush=True)
     return report
+
+
+def run_or_load(cfg: Config, task: tasks.Task) -> dict:
+    """The report of a run: begun, or gone on with, unless it is there. RunError if others are."""
+    found, report = (Path(cfg.out, name) for name in ("config.json", "report.json"))
+    held = read_json(found) if found.exists() else {}
+    free = {"out", "save_every", "device", "micro_tokens",
+            "steps" if held.get("steps", 0) <= cfg.steps else ""}
+    other = [flag(k) for k, v in asdict(cfg).items() if held.get(k) != v and k not in free]
+    if other and any(Path(cfg.out).glob("*.json*")):
+        raise RunError(f"{cfg.out} holds other options ({' '.join(other[:3])}): give another --out")
+    done = report.exists() and held["steps"] == cfg.steps
+    print(f"\n=== {cfg.out}" + " is finished: to prolong it, raise --steps" * done, flush=True)
+    return read_json(report) if done else run(cfg, task)
 
 
 def learn(policy: Policy, task: tasks.Task, state: State, resumed: bool, cfg: Config) -> dict:
     """Step 1 if the format needs it, the scores of the base, the loop; then scores and verdict."""
     out, given = Path(cfg.out), policy.reference
     if not resumed:
-        if cfg.model != "tiny" and not cfg.anchors and cfg.replay_share > 0:
-            print("Replay takes toy prompts: --anchors FILE gives it what this model should keep")
+        if cfg.model != "tiny" and not cfg.anchors and cfg.replay_share > 0 and task.anchors:
+            print("Replay takes the task's prompts: --anchors FILE says what this model shall keep")
         seen = look(policy, task, cfg)
         log_step(out, {"step": 0, **seen}, [], 0.0)
         if over_ranks(rate := seen["eval_format"]) / over_ranks(1) < cfg.format_threshold:
             print(f"Step 1: {rate:.0%} of answers are well-formed: format SFT first", flush=True)
             train_format(policy, task, cfg)
         if cfg.tested:
-            print("Evaluating the base ...", flush=True)
             state.before = evaluate(policy, task, given, cfg)
         save_checkpoint(out / "checkpoint", policy, state)
     handlers = {number: signal.signal(number, partial(ask_to_stop, state))
@@ -1445,7 +1451,6 @@ def learn(policy: Policy, task: tasks.Task, state: State, resumed: bool, cfg: Co
     export_adapter(out / "adapter", policy)
     if not cfg.tested:
         return {}
-    print("Evaluating the student ...", flush=True)
     after = (before := state.before) | evaluate(policy, task, policy.student, cfg)
     tasks.show_learnt(before["in_domain"], after["in_domain"], task.evals["in_domain"])
     print_table({name: {row: f"{np.mean(x):.3f}" for row, x in flat(scores).items()}
@@ -1453,7 +1458,8 @@ def learn(policy: Policy, task: tasks.Task, state: State, resumed: bool, cfg: Co
     verdict = judge_run(before, after, cfg)
     print(f"\nVerdict: {'' if verdict['improved'] else 'NOT '}IMPROVED")
     for name, condition in verdict["conditions"].items():
-        print(f"  {'yes' if condition['holds'] else 'NO ':4}{name}: {condition['numbers']}")
+        holds = {True: "yes", False: "NO", None: "n/a"}[condition["holds"]]
+        print(f"  {holds:4}{name}: {condition['numbers']}")
     return {"before": before, "after": after, "verdict": verdict}
 
 
@@ -1479,14 +1485,6 @@ def print_table(columns: dict[str, dict[str, str]], title: str = "") -> None:
 
 
 # --compare and --ablations: run after run from one base, and one table =======================
-
-def run_or_load(cfg: Config, task: tasks.Task) -> dict:
-    """The report of a run: made unless it is there; a run that was cut short goes on."""
-    if holds_run(cfg) and (report := Path(cfg.out, "report.json")).exists():
-        return read_json(report)
-    print(f"\n=== {cfg.out}", flush=True)
-    return run(cfg, task)
-
 
 RATES = (0.25, 0.5, 1.0, 2.0, 4.0)  # times --lr: each method is compared at each of them
 COMPARED = ("in_domain pass@1", "in_domain excess_edit", "in_domain styled", "new_bugs pass@1",
@@ -1581,13 +1579,12 @@ def differences(rivals: list[dict], runs: list[dict]) -> dict[str, str]:
 # --inspect, --bench and --plot leave no run; and the program itself ==========================
 
 def inspect(cfg: Config, policy: Policy, task: tasks.Task) -> None:
-    """What the first step of a run would credit, token by token, in its best and worst answer."""
-    k, examples = cfg.rollouts, examples_at(task, 0, cfg)
-    prompts = [policy.encode(example.prompt) for example in examples]
-    batch = rollouts(policy, policy.student, prompts, k, cfg, seeded("rollouts", cfg.seed, 0))
-    verdicts = verify_all(task.verify, examples, policy.decode(batch))
+    """What a step would credit, token by token, in its best and its worst answer."""
+    k, examples = cfg.rollouts, examples_at(task, 0, cfg)[:256 // cfg.rollouts]
+    [batch], _, verdicts = answer(
+        policy, policy.student, examples, k, cfg.temperature, cfg, task.verify)
     reward = torch.tensor([float(v.reward) for v in verdicts], device=policy.device)
-    advantage = torch.zeros_like(reward) if cfg.blind else group_advantage(reward, k)
+    advantage = group_advantage(reward, k) * (not cfg.blind)
     for i in dict.fromkeys((int(advantage.argmax()), int(advantage.argmin()))):
         rows, example = torch.tensor([i]), examples[i // k]
         [part] = score(policy, batch.rows(rows), [example], advantage[rows], cfg)
@@ -1603,40 +1600,45 @@ def inspect(cfg: Config, policy: Policy, task: tasks.Task) -> None:
             print(f"\x1b[{31 + (numbers[2] > 0)}m{line}\x1b[0m" if hinted else line)
 
 
-def bench(cfg: Config, policy: Policy, task: tasks.Task) -> None:
-    """Three training steps as they are, the first one cold, and peak memory, on this machine."""
-    state = State(adapter_optimizer(policy.model, "policy", cfg.lr), cfg.kl_coef)
-    print(environment(policy))
-    with tempfile.TemporaryDirectory() as out:
-        train(policy, task, state, Path(out), replace(cfg, steps=3, eval_every=4, save_every=4))
-    peak = (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else
-            1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # macOS: in bytes already
-    print(f"peak memory {peak / 2**30:.2f} GiB")
+def ask(cfg: Config, policy: Policy, task: tasks.Task) -> None:
+    """Greedy answers to one prompt; only the teacher reads a hint, if the prompt has one."""
+    known = {example.id: example for example in sum(task.evals.values(), task.train)}
+    example = known.get(cfg.ask, tasks.Example("", cfg.ask, "", ""))
+    hinted = replace(example, prompt=tasks.privileged_prompt(example))
+    for name, reader, role, asked in (("base", policy, BASE, example), (
+            "student", policy, policy.student, example), ("teacher", *policy.teacher, hinted)):
+        batches, [text], _ = answer(reader, role, [asked], 1, 0.0, cfg)
+        kl, _ = kl_and_entropy(reader, role, BASE, batches)
+        print(f"\n- {name}, KL to its base {kl:.4f} nats per token:\n{text}")
 
 
 def plot(folders: list[str]) -> None:
-    """Draw runs over their steps, or what a comparison trades, in plot.png of the first folder."""
+    """Draw one run or comparison in its plot.png, several runs in that of the current folder."""
     with reading("--plot", "pip install matplotlib"):
         from matplotlib.figure import Figure  # draws by Agg: pyplot would look for a screen
-    figure, image = Figure((14, 8), layout="constrained"), Path(folders[0], "plot.png")
-    panels, table = list(figure.subplots(2, 3).flat), Path(folders[0], "table.json")
+    figure, table = Figure((14, 8), layout="constrained"), Path(folders[0], "table.json")
+    panels = list(figure.subplots(2, 3).flat)
     with reading(" ".join(folders), "--plot takes the folders of runs, or that of one comparison"):
         if table.exists():
             draw_frontiers(panels, read_json(table)["looks"])
-        for folder in folders if not table.exists() else ():
-            run = read_json(Path(folder, "metrics.jsonl"))
+        for i, folder in enumerate(folders if not table.exists() else ()):
+            run, held = (read_json(Path(folder, file)) for file in ("metrics.jsonl", "config.json"))
             for panel, key in zip(panels, list(COLUMNS)[1:7], strict=True):
-                points = [(float(r["step"]), float(r[key])) for r in run if key in r]
-                panel.plot(*np.reshape(points, (-1, 2)).T, ".-", label=folder)
-                panel.set(xlabel="step", ylabel=key)
-                panel.legend()
-    figure.savefig(image, dpi=120)
+                points = [(row["step"], row[key]) for row in run if key in row]
+                x, y = np.array(points, float).reshape(-1, 2).T
+                near = [y[max(0, n - 4):n + 1].mean() for n in range(len(y))]  # of five steps
+                panel.plot(x, y, ".", color=f"C{i}", alpha=0.4)
+                panel.plot(x, y if "eval" in key else near, color=f"C{i}", label=folder)
+                panel.set(xlabel="step", title=key)
+            for level in (held["kl_target"], held["kl_budget"]):
+                panels[5].axhline(level, color="grey", linestyle=":")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.savefig(image := Path(folders[0] if len(folders) == 1 else "", "plot.png"), dpi=120)
     print(f"The picture is {image}")
 
 
 def draw_frontiers(panels: list, looks: dict) -> None:
-    """Each look of each rate, the mean over seeds, is a point: what is gained against what is lost
-    since the base. Lines: the best for at most that loss; in the last panel, steps at one rate."""
+    """Gain over loss at each look, as a mean over seeds; lines: the best for at most that loss."""
     keys = (*OLD[1:], "kl", "kl_from_base", "pass")
     for i, (name, rates) in enumerate(looks.items()):
         runs = np.array([[[[float(look.get(f"eval_{key}", 0)) for key in keys] for look in run]
@@ -1649,43 +1651,41 @@ def draw_frontiers(panels: list, looks: dict) -> None:
                        color=f"C{i}", label=name)
             panel.set(xlabel=f"{key}, nats per token" if "kl" in key else f"{key}, lost",
                       ylabel="new skill", xlim=(-0.01, 0.15), ylim=(points[0, -1] - 0.05, 1))
+            panel.text(0.02, 0.94, "\u2196 better", transform=panel.transAxes)
         best = runs[runs[:, :, -1, -1].mean(1).argmax(), :, :, -1]  # (seeds, looks)
         panels[5].errorbar(range(len(best[0])), best.mean(0), best.std(0), label=name)
         panels[5].set(xlabel="looks on the way, at the best rate, ± std over seeds")
-    panels[5].legend()
 
 
-def main(cfg: Config, resuming: bool, plotted: list[str] | None = None) -> int:
+def main(cfg: Config, plotted: list[str] | None = None) -> int:
     """Run. Exit code 0 also for `not improved`; 2 for what a user can mend; 130 for Ctrl-C."""
     tasks.UNSAFE_JUDGE = cfg.unsafe_judge
     with contextlib.suppress(OSError, AttributeError, TypeError):  # other C libraries than glibc
-        allocator = ctypes.CDLL(None)  # fetching freed memory anew would be 40 % of a step: keep it
-        allocator.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, in bytes
-        allocator.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
+        for option, size in ((-3, 2**25), (-1, 2**30)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, size)  # to fetch memory anew was 40 % of a step
     try:
-        command = next((one for one in (inspect, bench) if getattr(cfg, one.__name__)), None)
         if plotted:
             plot(plotted)
         elif cfg.compare or cfg.ablations:
             compare(cfg)
-        elif command:
-            command(cfg, *load(cfg, tasks.load_task(cfg)))
-        elif not resuming and holds_run(cfg):
-            raise RunError(f"{cfg.out} holds this run: --resume {cfg.out}, or give another --out")
+        elif cfg.inspect or cfg.ask:
+            (inspect if cfg.inspect else ask)(cfg, *load(cfg, tasks.load_task(cfg)))
+        elif cfg.bench:
+            with tempfile.TemporaryDirectory() as out:
+                run(replace(cfg, out=out, steps=3, tested=False), tasks.load_task(cfg))
         else:
-            run(join_ranks(cfg), tasks.load_task(cfg))
+            run_or_load(cfg, tasks.load_task(cfg))
             print(f"\nResults are in {cfg.out}: read samples.jsonl there, or compare methods with\n"
                   f"python vcopd.py --task {cfg.task} --model {cfg.model} --compare")
         return 0
     except KeyboardInterrupt:
-        print("\nInterrupted. To go on:", f"python vcopd.py --resume {cfg.out}" if Path(
-            cfg.out, "config.json").exists() else "give the same command again")
+        print("\nInterrupted. To go on, give the same command again.")
         return 130
     except Exception as error:
         why, text = error if isinstance(error, RunError) else "", str(error).lower()
         if isinstance(error, MemoryError) or "of memory" in text or "allocate memory" in text:
-            why = (f"out of memory: --resume {cfg.out} with a lower --micro-tokens, or start anew "
-                   "with fewer --prompts, --max-new-tokens, --rollouts, --lora-rank, or nf4")
+            why = ("out of memory: lower --micro-tokens, with which a run may --resume, --prompts, "
+                   "--max-new-tokens, --rollouts or --lora-rank; or take --quantize nf4")
         elif isinstance(error, OSError) or "no space left" in text:  # torch says it in its own way
             why = f"{error}: mend that, or give another --out; --resume {cfg.out} goes on"
         if not why:
@@ -1697,4 +1697,4 @@ def main(cfg: Config, resuming: bool, plotted: list[str] | None = None) -> int:
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: servers are stopped
     sys.stdout.reconfigure(errors="backslashreplace")  # an answer may hold any character
-    sys.exit(main(Config(), False, PLOTTED) if PLOTTED else main(*read_config(sys.argv[1:])))
+    sys.exit(main(Config(), PLOTTED) if PLOTTED else main(read_config(sys.argv[1:])))
