@@ -150,9 +150,9 @@ def build_parser() -> argparse.ArgumentParser:
             group = parser.add_argument_group(meta["heading"])
             group = group.add_mutually_exclusive_group() if name == "eval_only" else group
         others = "".join(f"; {who} {values[name]}" for who, values in presets if name in values)
-        text = meta["help"] + ("" if kind is bool else f" [{option.default}{others}]")
-        group.add_argument(flag(name), help=text, **({"action": "store_true"} if kind is bool else {
-            "type": kind, "choices": meta["choices"]}))
+        preset = f" [{option.default}{others}]" if option.default or kind is int else ""
+        group.add_argument(flag(name), help=meta["help"] + preset, **(
+            {"action": "store_true"} if kind is bool else {"type": kind, "choices": meta["choices"]}))
     group.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
     group.add_argument("--plot", metavar="RUN", nargs="+", help="draw runs, or one comparison")
     return parser
