@@ -150,9 +150,9 @@ def build_parser() -> argparse.ArgumentParser:
             group = parser.add_argument_group(meta["heading"])
             group = group.add_mutually_exclusive_group() if name == "eval_only" else group
         others = "".join(f"; {who} {values[name]}" for who, values in presets if name in values)
-        preset = f" [{option.default}{others}]" if option.default or kind is int else ""
-        group.add_argument(flag(name), help=meta["help"] + preset, **(
-            {"action": "store_true"} if kind is bool else {"type": kind, "choices": meta["choices"]}))
+        shown = f" [{option.default}{others}]" if option.default or kind is int else ""
+        how = {"type": kind, "choices": meta["choices"]} if kind is not bool else {}
+        group.add_argument(flag(name), help=meta["help"] + shown, **how or {"action": "store_true"})
     group.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
     group.add_argument("--plot", metavar="RUN", nargs="+", help="draw runs, or one comparison")
     return parser
@@ -1349,7 +1349,7 @@ def log_step(out: Path, metrics: dict, samples: list[dict], seconds: float) -> N
             file.writelines(json.dumps(record) + "\n" for record in records)
     told, rows = {**metrics, "seconds": seconds}, read_json(out / "metrics.jsonl")
     names = [name for name in COLUMNS if name in told or name in rows[0]]  # of the method and task
-    if metrics["step"] % 20 < 2:
+    if metrics["step"] in (0, 1) or metrics["step"] % 20 == 1:
         print("".join(f"{COLUMNS[name]:>8}" for name in names))
     print("".join(f"{told.get(name, ''):>8{'.3g' * (type(told.get(name)) is float)}}"
                   for name in names), flush=True)
