@@ -1384,7 +1384,6 @@ def environment(policy: Policy) -> dict:
 def run(cfg: Config, task: tasks.Task) -> dict:
     """One whole run, or one evaluation, in the folder `cfg.out`; its report. Raises RunError."""
     started, out = time.perf_counter(), Path(cfg.out)
-    join_ranks(cfg, task)
     policy, task = load(cfg, task)
     optimizer = None if cfg.eval_only else adapter_optimizer(policy.model, "policy", cfg.lr)
     data = hashlib.sha256(repr((task.train, task.evals, task.anchors, task.benchmark)).encode())
@@ -1412,6 +1411,7 @@ def run(cfg: Config, task: tasks.Task) -> dict:
 
 def run_or_load(cfg: Config, task: tasks.Task) -> dict:
     """The report of a run: begun, or gone on with, unless it is there. RunError if others are."""
+    join_ranks(cfg, task)
     found, report = (Path(cfg.out, name) for name in ("config.json", "report.json"))
     held = read_json(found) if found.exists() else {}
     free = {"out", "save_every", "device", "micro_tokens",
@@ -1601,15 +1601,15 @@ def inspect(cfg: Config, policy: Policy, task: tasks.Task) -> None:
 
 
 def ask(cfg: Config, policy: Policy, task: tasks.Task) -> None:
-    """Greedy answers to one prompt; only the teacher reads a hint, if the prompt has one."""
+    """Greedy answers to one prompt, and how far the student is from the base at their tokens."""
     known = {example.id: example for example in sum(task.evals.values(), task.train)}
-    example = known.get(cfg.ask, tasks.Example("", cfg.ask, "", ""))
-    hinted = replace(example, prompt=tasks.privileged_prompt(example))
-    for name, reader, role, asked in (("base", policy, BASE, example), (
-            "student", policy, policy.student, example), ("teacher", *policy.teacher, hinted)):
-        batches, [text], _ = answer(reader, role, [asked], 1, 0.0, cfg)
-        kl, _ = kl_and_entropy(reader, role, BASE, batches)
-        print(f"\n- {name}, KL to its base {kl:.4f} nats per token:\n{text}")
+    one = known.get(cfg.ask, tasks.Example("", cfg.ask, "", ""))  # else plain text, without a hint
+    hinted, own = replace(one, prompt=tasks.privileged_prompt(one)), policy.encode(one.prompt)
+    for name, reader, role, asked in (("base", policy, BASE, one), (
+            "student", policy, policy.student, one), ("teacher", *policy.teacher, hinted)):
+        [batch], [text], _ = answer(reader, role, [asked], 1, 0.0, cfg)
+        kl, _ = kl_and_entropy(policy, policy.student, BASE, [replace(batch, contexts=[own])])
+        print(f"\n- {name}, KL(student || base) {kl:.4f} nats per token:\n{text}")
 
 
 def plot(folders: list[str]) -> None:
@@ -1631,7 +1631,7 @@ def plot(folders: list[str]) -> None:
                 panel.plot(x, y if "eval" in key else near, color=f"C{i}", label=folder)
                 panel.set(xlabel="step", title=key)
             for level in (held["kl_target"], held["kl_budget"]):
-                panels[5].axhline(level, color="grey", linestyle=":")
+                panels[-1].axhline(level, color="grey", linestyle=":")  # of KL
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.savefig(image := Path(folders[0] if len(folders) == 1 else "", "plot.png"), dpi=120)
     print(f"The picture is {image}")
