@@ -131,7 +131,8 @@ def experience(advantage, logp_old, gap, mask=None) -> vcopd.Experience:
     old, gap = torch.as_tensor(logp_old), torch.as_tensor(gap)
     mask = torch.ones(old.shape, dtype=torch.bool) if mask is None else mask
     batch = vcopd.Batch([[EOS]] * len(old), torch.zeros(old.shape, dtype=torch.long), mask)
-    return vcopd.Experience(batch, None, torch.as_tensor(advantage), old, gap)
+    return vcopd.Experience(batch, torch.arange(len(old)), None, torch.as_tensor(advantage),
+                            old, gap)
 
 
 def likes_a(example: tasks.Example, answer: str) -> tasks.Verdict:
@@ -916,7 +917,7 @@ OPTIONS = {  # what an architecture adds to SHAPE, or has in its place
 SUPPORTED = pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma2", "gpt2"])
 EXAMPLES = [tasks.Example("", "def f(x):", "return", "the secret"),
             tasks.Example("", "repair this: def f(x):\n    return", "return", "a hint")]
-SMALL, NOTHING = vcopd.Config(max_new_tokens=12), tasks.Task("", None, [], {}, [], [], ([], []))
+SMALL = vcopd.Config(max_new_tokens=12)
 IDS = [7, 30, 80, 81, 200, 45, 9, 130, 22, 60]
 same = functools.partial(torch.allclose, atol=1e-5)  # but for rounding
 
@@ -960,7 +961,7 @@ def base(models) -> Path:
 def load(model: str | Path, **options) -> vcopd.Policy:
     """Such a model in its roles: small adapters, and float32."""
     cfg = {"device": "cpu", "lora_rank": 4, "lora_alpha": 8.0, "format_rank": 2, **options}
-    return vcopd.load(vcopd.Config(model=str(model), **cfg), NOTHING)[0]
+    return vcopd.load_policy(vcopd.Config(model=str(model), **cfg), None)
 
 
 def moved_policy(model: str | Path, **options) -> vcopd.Policy:
@@ -1230,7 +1231,7 @@ KNOBS = "out of memory: lower --micro-tokens, with which a run may --resume"
     *(("vcopd", "group_advantage", 3, error, KNOBS, 0) for error in (
         MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"))),
-    ("vcopd", "load", 1, CTRL_C, "same command again", 0),
+    ("vcopd", "load_policy", 1, CTRL_C, "same command again", 0),
     ("vcopd", "score", 3, [signal.SIGTERM], "same command again", 4),
     ("vcopd", "score", 3, CTRL_C * 2, "same command again", 3)])
 def test_whatever_stops_a_run_anywhere_it_goes_on_to_the_same_end(
@@ -2675,7 +2676,6 @@ BAD_ROWS = [
     (own(seconds=True), '"seconds" must be a number'), (own(tolerance=-1), '"tolerance" must be a'),
     (own("tests", test_code="assert True"), "check(candidate)"),
     (raw("declaration"), '"declaration" must be text'),
-    (raw(test=1), '"test" must be text'),
     (raw(buggy_solution="    return ("), '"buggy_solution" must hold the source'),
     (own(id="p9", reference=FIXED.replace("+=", "*=")),
      'id "p9": its reference must pass its tests, got "test 1: wrong value"'),

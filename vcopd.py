@@ -13,8 +13,7 @@ The source is an essay by Marvin B. Freedman (2026); lines marked `differs:` dep
 
 Start reading at `train`, the first function of Part I: it repeats the essay's Steps 2 to 6.
 
-One frozen model plays every role; named LoRA adapters and the prompt decide which. Only {policy}
-is trained. A PEFT folder as --model is one more frozen adapter of pi_ref and pi_theta.
+One frozen model plays all roles; named LoRA adapters and the prompt decide. {policy} is trained.
 
     pi_0, the base         no adapter                                       the prompt
     pi_ref, KL anchor      {format} if Step 1 ran                           the prompt
@@ -179,11 +178,10 @@ LOGITS = 2**22  # held at one time on a CPU, so that (B, T, V) never exists
 LOOK = 64  # validation problems in a look
 OLD = ("old", "replayed", "unreplayed", "chance")  # what a look says of old skills
 PASS_K = 4  # k of pass@k: a constant, so that runs with other --rollouts can be compared
-COLUMNS = {  # key of metrics.jsonl, or seconds: its name in the terminal
-    "step": "step", "reward": "reward", "pass_rate": "passed", "eval_pass": "new",
-    "eval_replayed": "old", "eval_unreplayed": "other", "kl": "kl", "entropy": "entropy",
-    "kl_coef": "beta", "tied_rollouts": "tied", "teacher_share": "teacher", "nll": "nll",
-    "seconds": "seconds"}
+COLUMNS = {"step": "step", "reward": "reward", "pass_rate": "passed", "eval_pass": "new",
+           "eval_replayed": "old", "eval_unreplayed": "other", "kl": "kl", "entropy": "entropy",
+           "kl_coef": "beta", "tied_rollouts": "tied", "teacher_share": "teacher", "nll": "nll",
+           "seconds": "seconds"}  # key of metrics.jsonl, or seconds: its name in the terminal
 
 # PART I - THE METHOD: the training loop, and below it its Steps ##############################
 
@@ -341,8 +339,7 @@ class Policy:
 
     def encode(self, prompt: str) -> list[int]:
         """A user message in the model's chat template as ids, with exactly one BOS token."""
-        tokenizer = self.tokenizer
-        if tokenizer.chat_template is None:
+        if (tokenizer := self.tokenizer).chat_template is None:
             ids = tokenizer(f"{prompt}\n", add_special_tokens=False,
                             split_special_tokens=True).input_ids
         else:
@@ -429,6 +426,7 @@ def group_advantage(reward: Tensor, k: int) -> Tensor:
 class Experience:
     """A micro-batch of rollouts: all that the loss needs to know of them, without gradients."""
     batch: Batch
+    index: Tensor  # (b,) row numbers in the whole batch
     hidden_ref: Tensor  # (N, D) of pi_ref: its logits would be V / D times larger
     advantage: Tensor  # (b,)
     logp_old: Tensor  # (b, T)
@@ -449,8 +447,8 @@ def score(policy: Policy, batch: Batch, examples: list[tasks.Example], advantage
             teacher, role = policy.teacher
             hinted = [teacher.encode(tasks.privileged_prompt(examples[i // k])) for i in index]
             logp_teacher = log_probs(teacher, role, replace(some, contexts=hinted), cfg.temperature)
-        gap = teacher_gap(logp_teacher, logp_old, cfg.gap_clip)
-        parts.append(Experience(some, hidden_ref, advantage[index], logp_old, gap, logp_teacher))
+        parts.append(Experience(some, index, hidden_ref, advantage[index], logp_old, teacher_gap(
+            logp_teacher, logp_old, cfg.gap_clip), logp_teacher))
     return parts
 
 
@@ -991,8 +989,8 @@ def pretrain(documents: list[tuple[str, str]], recipe: dict) -> Policy:
 
 # Real models: any causal LM, as student or as teacher, and adapters in PEFT's format =========
 
-def load(cfg: Config, task: tasks.Task) -> tuple[Policy, tasks.Task]:
-    """A causal LM in all its roles, and the task without rows it cannot read. Raises RunError."""
+def load_policy(cfg: Config, task: tasks.Task | None) -> Policy:
+    """A causal LM in all its roles, with a fresh policy adapter. Raises RunError."""
     name = build_tiny(task) if cfg.model == "tiny" else cfg.model
     base = adapter_base(name)
     policy = load_frozen(base or name, cfg)
@@ -1010,8 +1008,7 @@ def load(cfg: Config, task: tasks.Task) -> tuple[Policy, tasks.Task]:
             for one in (policy, policy.stronger))
         if own != others or rows > most:
             raise RunError(f"--teacher {cfg.teacher} must know every token by the student's id")
-    limit = min(policy.positions, policy.teacher[0].positions) - cfg.max_new_tokens
-    return policy, tasks.fitting(task, limit, lambda x: len(policy.encode(x)), cfg.skip_bad_rows)
+    return policy
 
 
 def load_frozen(name: str, cfg: Config) -> Policy:
@@ -1384,7 +1381,9 @@ def environment(policy: Policy) -> dict:
 def run(cfg: Config, task: tasks.Task) -> dict:
     """One whole run, or one evaluation, in the folder `cfg.out`; its report. Raises RunError."""
     started, out = time.perf_counter(), Path(cfg.out)
-    policy, task = load(cfg, task)
+    policy = load_policy(cfg, task)
+    limit = min(policy.positions, policy.teacher[0].positions) - cfg.max_new_tokens
+    task = tasks.fitting(task, limit, lambda x: len(policy.encode(x)), cfg.skip_bad_rows)
     optimizer = None if cfg.eval_only else adapter_optimizer(policy.model, "policy", cfg.lr)
     data = hashlib.sha256(repr((task.train, task.evals, task.anchors, task.benchmark)).encode())
     state, facts = State(optimizer, cfg.kl_coef, data=data.hexdigest()), environment(policy)
@@ -1669,7 +1668,8 @@ def main(cfg: Config, plotted: list[str] | None = None) -> int:
         elif cfg.compare or cfg.ablations:
             compare(cfg)
         elif cfg.inspect or cfg.ask:
-            (inspect if cfg.inspect else ask)(cfg, *load(cfg, tasks.load_task(cfg)))
+            show, task = inspect if cfg.inspect else ask, tasks.load_task(cfg)
+            show(cfg, load_policy(cfg, task), task)
         elif cfg.bench:
             with tempfile.TemporaryDirectory() as out:
                 run(replace(cfg, out=out, steps=3, tested=False), tasks.load_task(cfg))
