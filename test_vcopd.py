@@ -1645,7 +1645,7 @@ def test_a_damaged_model_or_adapter_folder_is_one_sentence(base, whole, small, t
     with pytest.raises(vcopd.RunError, match="no weights for model.layers.2"):
         load(tmp_path / base.name)
     with pytest.raises(vcopd.RunError, match="delete it, and it is built again"):  # as tiny is
-        load(shutil.copytree(tmp_path / base.name, tmp_path / "vcopd/tiny"))
+        load(shutil.copytree(tmp_path / base.name, tmp_path / "vcopd/tiny-x"))
 
 
 def test_a_damaged_run_folder_is_one_sentence(whole, done, capsys):

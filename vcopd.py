@@ -60,7 +60,7 @@ def knob(default, text, low=0, high=2**31 - 1, choices=None, heading=None):
 
 @dataclass(frozen=True)
 class Config:
-    """Every choice of a run, each an option. The defaults are the essay's, for one GPU."""
+    """Every choice of a run; a knob is an option. The defaults are the essay's, for one GPU."""
     task: str = knob("codeedit", f"{', '.join(tasks.TASKS)}, or FILE.py", heading="the run")
     method: str = knob("vcopd", "preset of the one loop", choices=(
         "vcopd", "rl", "opd", "sft", "rl-bare", "sft-replay"))
@@ -152,8 +152,8 @@ def build_parser() -> argparse.ArgumentParser:
         shown = f" [{option.default}{others}]" if option.default or kind is int else ""
         how = {"type": kind, "choices": meta["choices"]} if kind is not bool else {}
         group.add_argument(flag(name), help=meta["help"] + shown, **how or {"action": "store_true"})
-    group.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
-    group.add_argument("--plot", metavar="RUN", nargs="+", help="draw runs, or one comparison")
+    parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
+    parser.add_argument("--plot", metavar="RUN", nargs="+", help="draw runs, or one comparison")
     return parser
 
 
@@ -192,7 +192,7 @@ COLUMNS = {"step": "step", "reward": "reward", "pass_rate": "passed", "eval_pass
 METHODS = {  # presets of the one loop: what is fixed here cannot be set by an option
     "vcopd": {},
     "rl": {"teacher": "none", "teacher_coef": 0.0},  # the verdict alone
-    # blind distillation: A = 0, no gate, no gap clip: A_dense is D. KL guard and replay stay
+    # blind distillation: A = 0, no gate, no gap clip: A_dense is the gap. KL guard and replay stay
     "opd": {"blind": True, "teacher_coef": 1.0, "gate": "none", "gap_clip": 1e9},
     # reference answers instead of rollouts: none of the Steps 2 to 6, but their loop
     "sft": {"imitate": True, "teacher": "none", "teacher_coef": 0.0, "replay_share": 0.0},
@@ -437,7 +437,7 @@ class Experience:
 @torch.no_grad()
 def score(policy: Policy, batch: Batch, examples: list[tasks.Example], advantage: Tensor,
           cfg: Config) -> list[Experience]:
-    """Log-probs of the sampled tokens under pi_old, pi_ref and T, and the gap, in micro-batches.
+    """Log-probs under pi_old and T, hidden states of pi_ref and the gap, for each micro-batch.
     P `examples`, `advantage` (B,). The teacher reads the hint before the same ids."""
     parts, k = [], len(advantage) // len(examples)
     for index, some in micro_batches(policy, batch):
@@ -818,7 +818,7 @@ def train_format(policy: Policy, task: tasks.Task, cfg: Config) -> None:
 
 
 def imitate_replay(policy: Policy, state: State, epoch: int, cfg: Config) -> tuple[float, dict]:
-    """Add up the gradients of kept samples, r of all rows; their weight, r or 0, and loss."""
+    """Add up gradients of kept samples, r of all rows beside rollouts; weight, r or 0, and loss."""
     if state.replay is None:
         return 0.0, {}
     count = round(cfg.prompts * cfg.rollouts * cfg.replay_share / (1 - cfg.replay_share))
@@ -914,7 +914,7 @@ def read_config(arguments: list[str]) -> Config:
         parser.error(f"torchrun trains one model: start {flag(command)} with python")
     if not has_teacher(cfg) and (cfg.blind or cfg.inspect or cfg.compare or cfg.ablations):
         parser.error("--method opd, --inspect, --compare and --ablations need a teacher: name one")
-    if cfg.rollouts == 1 and (cfg.compare or not (cfg.imitate or has_teacher(cfg))):
+    if cfg.rollouts < 2 and (cfg.compare or cfg.ablations or not (cfg.imitate or has_teacher(cfg))):
         parser.error("--rollouts 1 leaves no other answer to compare with: give at least 2")
     kind = command.removesuffix("_only") or f"{cfg.method}-s{cfg.seed}"
     return replace(cfg, out=cfg.out or f"runs/{Path(cfg.task).stem}-{kind}")
@@ -1013,7 +1013,7 @@ def load_policy(cfg: Config, task: tasks.Task | None) -> Policy:
 
 def load_frozen(name: str, cfg: Config) -> Policy:
     """A causal LM and its tokenizer: frozen, wrapped in LoRA and checked. Raises RunError."""
-    with reading(name, "delete it, and it is built again" if Path(name).parent.name == "vcopd" else
+    with reading(name, "delete it, and it is built again" if "/vcopd/tiny-" in name else
                  f"give a model that is whole, reachable and works on --device {cfg.device}"):
         fastest = torch.accelerator.current_accelerator(check_available=True) or "cpu"
         device = torch.empty(0, device=fastest if cfg.device == "auto" else cfg.device).device
@@ -1346,7 +1346,7 @@ def log_step(out: Path, metrics: dict, samples: list[dict], seconds: float) -> N
             file.writelines(json.dumps(record) + "\n" for record in records)
     told, rows = {**metrics, "seconds": seconds}, read_json(out / "metrics.jsonl")
     names = [name for name in COLUMNS if name in told or name in rows[0]]  # of the method and task
-    if metrics["step"] in (0, 1) or metrics["step"] % 20 == 1:
+    if metrics["step"] == 0 or metrics["step"] % 20 == 1:
         print("".join(f"{COLUMNS[name]:>8}" for name in names))
     print("".join(f"{told.get(name, ''):>8{'.3g' * (type(told.get(name)) is float)}}"
                   for name in names), flush=True)
@@ -1578,8 +1578,8 @@ def differences(rivals: list[dict], runs: list[dict]) -> dict[str, str]:
 # --inspect, --bench and --plot leave no run; and the program itself ==========================
 
 def inspect(cfg: Config, policy: Policy, task: tasks.Task) -> None:
-    """What a step would credit, token by token, in its best and its worst answer."""
-    k, examples = cfg.rollouts, examples_at(task, 0, cfg)[:256 // cfg.rollouts]
+    """What a step credits, token by token, in the best and worst of fresh samples (top-p 1)."""
+    k, examples = cfg.rollouts, examples_at(task, 0, cfg)[:max(1, 256 // cfg.rollouts)]
     [batch], _, verdicts = answer(
         policy, policy.student, examples, k, cfg.temperature, cfg, task.verify)
     reward = torch.tensor([float(v.reward) for v in verdicts], device=policy.device)
@@ -1675,7 +1675,7 @@ def main(cfg: Config, plotted: list[str] | None = None) -> int:
                 run(replace(cfg, out=out, steps=3, tested=False), tasks.load_task(cfg))
         else:
             run_or_load(cfg, tasks.load_task(cfg))
-            print(f"\nResults are in {cfg.out}: read samples.jsonl there, or compare methods with\n"
+            print(f"\nResults are in {cfg.out}: read report.json there, or compare methods with\n"
                   f"python vcopd.py --task {cfg.task} --model {cfg.model} --compare")
         return 0
     except KeyboardInterrupt:
