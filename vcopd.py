@@ -147,13 +147,14 @@ def build_parser() -> argparse.ArgumentParser:
         name, kind, meta = option.name, type(option.default), option.metadata
         if meta["heading"]:
             group = parser.add_argument_group(meta["heading"])
-            group = group.add_mutually_exclusive_group() if name == "eval_only" else group
+            if name == "eval_only":
+                group = commands = group.add_mutually_exclusive_group()
         others = "".join(f"; {who} {values[name]}" for who, values in presets if name in values)
         shown = f" [{option.default}{others}]" if option.default or kind is int else ""
         how = {"type": kind, "choices": meta["choices"]} if kind is not bool else {}
         group.add_argument(flag(name), help=meta["help"] + shown, **how or {"action": "store_true"})
-    parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
-    parser.add_argument("--plot", metavar="RUN", nargs="+", help="draw runs, or one comparison")
+    commands.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
+    commands.add_argument("--plot", metavar="RUN", nargs="+", help="draw runs, or one comparison")
     return parser
 
 
@@ -1344,14 +1345,14 @@ def log_step(out: Path, metrics: dict, samples: list[dict], seconds: float) -> N
     for name, records in (("metrics.jsonl", [metrics]), ("samples.jsonl", samples)):
         with open(out / name, "a" if metrics["step"] else "w", encoding="utf-8") as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
-    told, rows = {**metrics, "seconds": seconds}, read_json(out / "metrics.jsonl")
-    names = [name for name in COLUMNS if name in told or name in rows[0]]  # of the method and task
+    told, lines = metrics | {"seconds": seconds}, (out / "metrics.jsonl").read_text().splitlines()
+    names = [name for name in COLUMNS if name in told or f'"{name}"' in lines[0]]  # of the task
     if metrics["step"] == 0 or metrics["step"] % 20 == 1:
         print("".join(f"{COLUMNS[name]:>8}" for name in names))
     print("".join(f"{told.get(name, ''):>8{'.3g' * (type(told.get(name)) is float)}}"
                   for name in names), flush=True)
     for key, value, advice in HOPELESS if metrics["step"] % 10 == 0 else ():
-        if all(row.get(key) == value for row in rows[-10:]):
+        if all(json.loads(line).get(key) == value for line in lines[-10:]):
             return print(f"In the last ten steps {advice}", flush=True)
 
 
@@ -1400,8 +1401,8 @@ def run(cfg: Config, task: tasks.Task) -> dict:
         print_table({"scores": {k: f"{np.mean(x):.3f}" for k, x in flat(report["scores"]).items()}})
     else:
         report = learn(policy, task, state, resumed, cfg)
-    peak = (torch.cuda.max_memory_allocated() if policy.device.type == "cuda" else 1024 *
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 2**30  # macOS: in bytes already
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 ** (sys.platform != "darwin")
+    peak = (torch.cuda.max_memory_allocated() if policy.device.type == "cuda" else used) / 2**30
     report |= {"seconds": time.perf_counter() - started, "peak_gib": peak, "environment": facts}
     write_atomic(out / "report.json", report)
     print(f"\n{report['seconds']:.0f} s, peak memory {peak:.2f} GiB", flush=True)
@@ -1587,9 +1588,8 @@ def inspect(cfg: Config, policy: Policy, task: tasks.Task) -> None:
     for i in dict.fromkeys((int(advantage.argmax()), int(advantage.argmin()))):
         rows, example = torch.tensor([i]), examples[i // k]
         [part] = score(policy, batch.rows(rows), [example], advantage[rows], cfg)
-        dense = dense_advantage(part.advantage, part.gap, cfg)
         table = torch.cat([part.logp_old, part.logp_teacher, part.logp_teacher - part.logp_old,
-                           part.gap, dense]).T.tolist()  # five numbers for each token
+                           part.gap, dense_advantage(part.advantage, part.gap, cfg)]).T.tolist()
         print(f"\n{example.id}: reward {reward[i]:.2f} ({verdicts[i].reason}), "
               f"A {advantage[i]:+.2f}\n{'token':20}  student  teacher       D  clipped   A_dense")
         for token, numbers in zip(part.batch.answers()[0], table, strict=True):
