@@ -1585,7 +1585,8 @@ def test_no_option_takes_a_value_out_of_its_range(capsys):
     ("--teacher none --rollouts 1", "--rollouts 1"), ("RUN --data x", "x cannot be read"),
     ("RUN --out DIR/text", "DIR/text"), ("RUN --out DIR/text/run", "DIR/text/run"),
     ("RUN --out DIR/odd", "DIR/odd"), ("RUN --model DIR/run", "give DIR/run/adapter"),
-    ("RUN --model no/such/model", "no/such/model cannot be used "),
+    ("RUN --model no/model", "no/model cannot be used (Cannot reach https://huggingface.co"),
+    ("RUN --ask " + 999 * "long", " tokens, the model reads "),
     ("RUN --model owner/name --device cpu", "works on --device cpu"),
     ("RUN --model DIR", "DIR cannot be used"), ("RUN --device cuda:99", "--device cuda:99"),
     ("RUN --benchmark DIR/text", "DIR/text line 1: "), ("RUN --task codeedit --data DIR", "DIR"),
@@ -2926,8 +2927,7 @@ def test_gsm8k_is_read_as_published_and_so_are_prompts_with_answers(tmp_path):
     """The worked solution is the hint, and what SFT imitates; the answer alone is judged."""
     [example] = load_sums(written(tmp_path, GSM8K))
     assert example.prompt == GSM8K["question"] + "\nEnd with a line 'Answer: N'."
-    assert example.hint == example.reference == (
-        "She has 1,233 pens.\n1,224 stay.\nAnswer: 1,224")
+    assert example.hint == example.reference == "She has 1,233 pens.\n1,224 stay.\nAnswer: 1,224"
     rows = [{"prompt": "2 halves?", "answer": "1", "id": "one"},
             {"prompt": "x", "answer": "Answer: 7"},
             {"prompt": "3 * 2?", "answer": "6.0", "hint": "twice three"}]

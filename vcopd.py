@@ -166,6 +166,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 import transformers  # noqa: E402
+from huggingface_hub import constants, get_session, try_to_load_from_cache  # noqa: E402
 from safetensors.torch import load_file, save  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
@@ -397,10 +398,8 @@ def sample(policy: Policy, role: Role, prompts: list[list[int]], k: int, cfg: Co
                 alive, token, seen, going = (rows[going] for rows in (alive, token, seen, going))
             seen = F.pad(seen, (0, 1), value=True)
             hidden, cache = read_tokens(policy, token[:, None], seen, cache)
-    mask = stop_mask(completion, policy.stop_ids)
-    completion = completion.masked_fill(~mask, policy.pad_id)
     contexts = [prompt for prompt in prompts for _ in range(k)]
-    return Batch(contexts, completion, mask).rows(torch.arange(len(completion)))
+    return Batch(contexts, completion, stop_mask(completion, policy.stop_ids))
 
 
 # Step 3 - verdict: the advantage of each rollout within its group ============================
@@ -658,8 +657,10 @@ def adapter_optimizer(model: nn.Module, name: str, lr: float) -> torch.optim.Opt
 def rollouts(policy: Policy, role: Role, prompts: list[list[int]], k: int, cfg: Config,
              generator: torch.Generator) -> Batch:
     """`sample`, as many prompts at a time as have room; half as many whenever memory runs out."""
-    row = policy.cache_bytes * (max(map(len, prompts), default=0) + cfg.max_new_tokens)
-    size, rows = int(min(len(prompts), policy.memory / max(1.0, row * k))), []
+    most, rows = max(map(len, prompts), default=0) + cfg.max_new_tokens, []
+    if most > policy.positions:
+        raise RunError(f"{most} tokens, the model reads {policy.positions}: lower --max-new-tokens")
+    size = int(min(len(prompts), policy.memory / max(1.0, policy.cache_bytes * most * k)))
     while len(rows) < len(prompts) * k:
         try:
             some = prompts[len(rows) // k:][:max(1, size)]
@@ -1004,10 +1005,8 @@ def load_policy(cfg: Config, task: tasks.Task | None) -> Policy:
         policy.specialist = load_adapter(policy.model, "specialist", Path(cfg.teacher))
     elif has_teacher(cfg) and cfg.teacher != "self":
         policy.stronger = load_frozen(cfg.teacher, cfg)
-        (own, rows), (others, most) = (
-            (one.tokenizer.get_vocab(), one.model.get_input_embeddings().weight.shape[0])
-            for one in (policy, policy.stronger))
-        if own != others or rows > most:
+        rows, most = (len(p.model.get_input_embeddings().weight) for p in (policy, policy.stronger))
+        if rows > most or policy.tokenizer.get_vocab() != policy.stronger.tokenizer.get_vocab():
             raise RunError(f"--teacher {cfg.teacher} must know every token by the student's id")
     return policy
 
@@ -1023,6 +1022,8 @@ def load_frozen(name: str, cfg: Config) -> Policy:
         four_bits = {} if cfg.quantize == "none" else {  # Dettmers et al. 2023, arXiv:2305.14314
             "device_map": device, "quantization_config": transformers.BitsAndBytesConfig(
                 load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)}
+        if not Path(name).exists() and try_to_load_from_cache(name, "config.json") is None:
+            get_session().head(constants.ENDPOINT, timeout=9)  # offline: else a minute of retries
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=getattr(torch, dtype), trust_remote_code=False, output_loading_info=True,
             **four_bits)
@@ -1174,10 +1175,9 @@ def look(policy: Policy, task: tasks.Task, cfg: Config) -> dict[str, float]:
 def old_skills(policy: Policy, role: Role, task: tasks.Task, problems: list, cfg: Config) -> dict:
     """Shares of old problems that are still solved, by skill and by whether an anchor guards it."""
     verdicts = answer(policy, role, problems, 1, 0.0, cfg, tasks.verify_skill)[2]
-    chance = 0.0  # of the very reference: it moves before greedy answers do
-    for batch in [solution_batch(policy, problems)] if problems else []:
-        for _, part in micro_batches(policy, batch):
-            chance += log_probs(policy, role, part, 1.0).sum(1).exp().sum().item() / len(problems)
+    parts = micro_batches(policy, solution_batch(policy, problems)) if problems else []
+    chance = mean(p for _, part in parts for p in log_probs(  # moves before greedy answers do
+        policy, role, part, 1.0).sum(1).exp().tolist())
     rewards, anchored = [v.reward for v in verdicts], {anchor.skill for anchor in task.anchors}
     groups: dict[str, list[float]] = {"old": rewards}
     for example, reward in zip(problems, rewards, strict=True):
@@ -1687,7 +1687,7 @@ def main(cfg: Config, plotted: list[str] | None = None) -> int:
             why = ("out of memory: lower --micro-tokens, with which a run may --resume, --prompts, "
                    "--max-new-tokens, --rollouts or --lora-rank; or take --quantize nf4")
         elif isinstance(error, OSError) or "no space left" in text:  # torch says it in its own way
-            why = f"{error}: mend that, or give another --out; --resume {cfg.out} goes on"
+            why = f"{error}: once mended, the same command goes on; or give another --out"
         if not why:
             raise
         print("vcopd.py:", *str(why).split(), file=sys.stderr)  # one line, whatever names hold
