@@ -218,8 +218,7 @@ def arithmetic() -> Task:
     near = ("leftwards", "operation")
     anchors, benchmark, old_skills = skill_examples("skills", 20, 20, 8, near)
     return Task("arithmetic", verify_arithmetic, train, {"in_domain": test, "out_of_domain": out},
-                anchors, benchmark, (validation, old_skills), sum_document, sum_from_row,
-                unreplayed=near)
+                anchors, benchmark, (validation, old_skills), sum_document, sum_from_row, (), near)
 
 
 # Code edit, the verifier: format, tests, then what else the answer changed ===================
@@ -976,10 +975,9 @@ def tests_field(row: dict) -> tuple:
     """((args, expected), ...) from a list of objects."""
     tests = row["tests"]
     with contextlib.suppress(ValueError):  # too deep
-        if isinstance(tests, list) and tests and encode(tests) and all(
-                isinstance(test, dict) and test.keys() == {"args", "expected"}
-                and isinstance(test["args"], list) for test in tests):
-            return tuple((tuple(test["args"]), test["expected"]) for test in tests)
+        if isinstance(tests, list) and tests and encode(tests) and all(isinstance(t, dict) and
+                t.keys() == {"args", "expected"} and isinstance(t["args"], list) for t in tests):
+            return tuple((tuple(t["args"]), t["expected"]) for t in tests)
     raise ValueError('field "tests" must be a list of {"args": [...], "expected": ...}, got '
                      f'{ascii(tests):.60}')
 
@@ -1011,7 +1009,9 @@ def load_task(cfg) -> Task:
         test = load(task.row, task.verify, cfg.eval_data)
         task = replace(task, evals={"in_domain": test}, validation=(test, task.validation[1]))
     if cfg.anchors:
-        task = replace(task, anchors=load(anchor_from_row, verify_skill, cfg.anchors))
+        anchors = load(anchor_from_row, verify_skill, cfg.anchors)
+        known = [a for a in anchors[::len(anchors) // 64 + 1] if a.reference]  # some, for looks
+        task = replace(task, anchors=anchors, validation=(task.validation[0], known))
     if cfg.benchmark:
         task = replace(task, benchmark=load(program_from_row, verify_program, cfg.benchmark))
     stride = math.ceil(len(task.benchmark) / cfg.eval_problems) or 1  # some of every skill

@@ -151,10 +151,9 @@ def toy_examples(count: int, prefix: str = "say") -> list[tasks.Example]:
 def toy(monkeypatch):
     """All that the method needs to know of a task, whose anchors, too, are judged by `likes_a`."""
     monkeypatch.setattr(tasks, "verify_skill", likes_a)
-    return SimpleNamespace(name="toy", verify=likes_a, train=toy_examples(12),
-                           anchors=toy_examples(6, "old"),
-                           evals={"in_domain": toy_examples(5, "new")},
-                           validation=(toy_examples(5, "valid"), []))
+    return SimpleNamespace(
+        name="toy", verify=likes_a, train=toy_examples(12), anchors=toy_examples(6, "old"),
+        evals={"in_domain": toy_examples(5, "new")}, validation=(toy_examples(5, "valid"), []))
 
 
 def fresh_state(policy: vcopd.Policy, cfg: vcopd.Config) -> vcopd.State:
@@ -1400,9 +1399,8 @@ def test_each_number_of_a_report_is_of_the_right_role_and_prompts(role, toy, mon
         "entropy_anchors": (role, [(role, "old", 1, False)]),
         **({} if role == policy.student else {"pass@1_of_teacher": 0.8})}  # it does not change
     assert vcopd.look(policy, toy, TOY) == {
-        "eval_pass": 0.6, "eval_reward": -0.1, "eval_format": 1.0, "eval_chance": [],
-        "eval_old": policy.student,
-        "eval_kl": (policy.student, (), [(policy.student, "val", 1, False)]),
+        "eval_pass": 0.6, "eval_reward": -0.1, "eval_format": 1.0, "eval_old": policy.student,
+        "eval_chance": [], "eval_kl": (policy.student, (), [(policy.student, "val", 1, False)]),
         "eval_kl_from_base": ((), policy.student, [((), "val", 1, False)])}
 
 
@@ -2968,6 +2966,8 @@ def test_anchors_of_a_file_are_replayed_and_judged_by_their_words(base, small, t
         assert ("--anchors FILE" in capsys.readouterr().out) == (name == "without")
         general = read(tmp_path / name / "report.json")["after"]["general"]
         assert ("replayed" in general) == (name == "without")
+    looks = [look for look in read(tmp_path / "with/metrics.jsonl") if "eval_replayed" in look]
+    assert looks and all(look["eval_old"] == look["eval_replayed"] for look in looks)
 
 
 @pytest.mark.parametrize(("program", "says"), [
