@@ -84,7 +84,7 @@ class Verdict:
 
 def pair_from_row(row: dict) -> tuple[Example]:
     """A prompt and its answer; a hint other than that and an id, if the row has them."""
-    row = {"hint": row.get("answer"), "id": f"row/{zlib.crc32(repr(row).encode()):08x}", **row}
+    row = {"hint": row.get("answer"), "id": f"row/{random.Random(repr(row)).random()}", **row}
     prompt, answer, hint, id = (text_field(row, key) for key in ("prompt", "answer", "hint", "id"))
     return (Example(id, prompt, answer, hint),)
 
@@ -117,7 +117,7 @@ def part_of(text: str) -> int:
 
 
 def distinct(draw: Callable[[random.Random], Example], count: int, seed: str) -> list[Example]:
-    """`count` problems with different prompts, known from the seed alone."""
+    """`count` problems with different prompts, known from the seed; hangs if there are fewer."""
     rng, found = random.Random(seed), {}
     while len(found) < count:
         example = draw(rng)
@@ -1007,7 +1007,8 @@ def load_task(cfg) -> Task:
         task = replace(task, train=load(task.row, task.verify, cfg.data))
     if cfg.eval_data:
         test = load(task.row, task.verify, cfg.eval_data)
-        task = replace(task, evals={"in_domain": test}, validation=(test, task.validation[1]))
+        looks = test[cfg.eval_problems:] or task.validation[0]  # at no problem of the report
+        task = replace(task, evals={"in_domain": test}, validation=(looks, task.validation[1]))
     if cfg.anchors:
         anchors = load(anchor_from_row, verify_skill, cfg.anchors)
         known = [a for a in anchors[::len(anchors) // 64 + 1] if a.reference]  # some, for looks
@@ -1040,9 +1041,8 @@ def show_learnt(before: dict, after: dict, examples: list[Example]) -> None:
     """Print a problem that only `after` solves, and one that `before` solves by changing more."""
     passes = list(zip(before["passes"], after["passes"], strict=True))
     solved = [i for i, (old, new) in enumerate(passes) if new > old]
-    more, less = ([edit_metrics(text, e.buggy, e.reference)["nel"] if e.buggy else 0.0
-                   for e, text in zip(examples, scores["answers"], strict=True)]
-                  for scores in (before, after))
+    more, less = ([edit_metrics(text, e.buggy, e.reference)["nel"] if e.buggy else 0.0 for e, text
+                   in zip(examples, scores["answers"], strict=True)] for scores in (before, after))
     spared = sorted((i for i, both in enumerate(passes) if all(both) and more[i] > less[i]),
                     key=lambda i: less[i] - more[i])
     for i in [*solved[:1], *(spared[:1] or solved[1:2])]:

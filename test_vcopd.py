@@ -62,12 +62,11 @@ def letter_tokenizer():
 def tiny_model(kind: str = "llama", vocab: int = len(VOCAB)):
     """Random weights, large enough that every context has its own distribution."""
     own = {"llama": {"intermediate_size": 64, "initializer_range": 0.2},  # rotary positions
-           "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32, "init_std": 0.2}}  # learned ones
+           "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32, "init_std": 0.2}}[kind]  # learned
     torch.manual_seed(0)
     return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(
-        kind, vocab_size=vocab, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=128, eos_token_id=EOS, bos_token_id=None, pad_token_id=PAD,
-        **own[kind])).eval()
+        kind, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=vocab, **own,
+        max_position_embeddings=128, eos_token_id=EOS, bos_token_id=None, pad_token_id=PAD)).eval()
 
 
 def tiny_policy(kind: str = "llama", vocab: int = len(VOCAB), stop_ids=(EOS,),
@@ -175,9 +174,9 @@ def policy_gradient(policy: vcopd.Policy) -> torch.Tensor:
 
 def loss_and_gradient(policy: vcopd.Policy, parts: list, cfg: vcopd.Config, replay=None) -> tuple:
     """`update` stopped before its optimiser step: the loss that it descends, and the gradient."""
-    values, whole = [], vcopd.total_loss
+    values, backward = [], torch.Tensor.backward
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vcopd, "total_loss", lambda *a: values.append(whole(*a)) or values[-1])
+        patch.setattr(torch.Tensor, "backward", lambda loss: values.append(loss) or backward(loss))
         patch.setattr(vcopd, "optimizer_step", lambda optimizer, cfg: 0.0)
         state = replace(fresh_state(policy, cfg), replay=replay)
         vcopd.update(policy, parts, state, replace(cfg, epochs=1))
@@ -571,7 +570,6 @@ def test_a_worked_example_on_paper():
         "policy_loss": -0.116, "kl": 0.03, "entropy": 2, "ratio_clipped": 0.5,
         "teacher_share": 0.034, "gap": 0.362}, abs=1e-3)
     assert loss.item() == pytest.approx(-0.115, abs=1e-3)
-    assert vcopd.total_loss(loss, 2.0, 0.1).item() == pytest.approx(0.096, abs=1e-3)
 
 
 FULL = replace(TOY, kl_coef=0.5, entropy_coef=0.1, teacher_coef=1.0, gap_clip=0.5)
@@ -635,8 +633,7 @@ def test_micro_batches_hold_every_row_once_and_the_model_never_sees_more_tokens(
     for index, part in groups:
         assert part.answers() == batch.rows(index).answers()
         vcopd.completion_hidden(policy, vcopd.BASE, part)
-    assert all(tokens <= most or len(index) == 1
-               for tokens, (index, _) in zip(seen, groups, strict=True))
+    assert all(n <= most or len(i) == 1 for n, (i, _) in zip(seen, groups, strict=True))
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
@@ -689,8 +686,7 @@ def test_replay_keeps_of_every_skill_the_best_and_among_equals_the_most_confiden
     policy, passing = tiny_policy(stop_ids=(EOS, *range(35, 45)), moved=0.3), None
     monkeypatch.setattr(tasks, "verify_skill", lambda example, answer: tasks.Verdict(
         float(example.skill == "easy" or example.id == passing), True, True, "ok", {}))
-    anchors = [replace(example, skill=("easy", "hard")[i % 2])
-               for i, example in enumerate(toy.anchors)]
+    anchors = [replace(e, skill=("easy", "hard")[i % 2]) for i, e in enumerate(toy.anchors)]
     names = {tuple(policy.encode(e.prompt)): e.id for e in anchors}
     every = vcopd.refresh_replay(policy, anchors, 5, replace(TOY, replay_keep=1.0))
     confidence = {names[tuple(context)]: sum(row) / len(row) for context, row in zip(
@@ -782,12 +778,12 @@ def test_every_option_changes_the_update_and_the_same_options_repeat_it(toy):
     usual = two_steps()
     assert two_steps() == usual  # bit by bit the same student
     for option, value in (
-            ("seed", 1), ("temperature", 1.3), ("top_p", 0.3), ("max_new_tokens", 3),
+            ("seed", 1), ("temperature", 1.3), ("top_p", 0.3), ("max_new_tokens", 3), ("lr", 2e-2),
             ("rollouts", 2), ("teacher", "none"), ("teacher_coef", 0.5), ("gap_clip", 0.1),
-            ("gate", "success"), ("gate", "failure"), ("gate", "none"), ("lr", 2e-2), ("epochs", 1),
-            ("ratio_clip", 0.01), ("kl_coef", 1.0), ("kl_target", 9.0), ("entropy_coef", 0.1),
-            ("max_grad_norm", 0.01), ("replay_share", 0.5), ("replay_every", 1),
-            ("replay_keep", 0.2), ("blind", True)):
+            ("gate", "success"), ("gate", "failure"), ("gate", "none"), ("replay_keep", 0.2),
+            ("epochs", 1), ("ratio_clip", 0.01), ("kl_coef", 1.0), ("kl_target", 9.0),
+            ("entropy_coef", 0.1), ("max_grad_norm", 0.01), ("replay_share", 0.5), ("blind", True),
+            ("replay_every", 1)):
         assert two_steps(**{option: value}) != usual, option
 
 
@@ -806,12 +802,11 @@ def test_the_shares_of_a_step_on_paper():
     """Three groups of two answers: one is tied, one answer never stops, two fail the same way."""
     batch = siblings()
     batch.completion[3, 2] = AB  # in place of its stop token
-    verdicts = [tasks.Verdict(reward, reason == "ok", formatted, reason, {})
-                for reward, formatted, reason in (
+    judged = [tasks.Verdict(reward, reason == "ok", formatted, reason, {})
+              for reward, formatted, reason in (
                     (1.0, True, "ok"), (1.0, False, "ok"), (-1.0, True, "test 1: wrong value"),
                     (-0.5, True, "test 12: timeout"), (0.5, True, "ok"), (0.25, True, "ok"))]
-    found = vcopd.rollout_metrics(tiny_policy(), batch, verdicts, replace(
-        TOY, prompts=3, rollouts=2))
+    found = vcopd.rollout_metrics(tiny_policy(), batch, judged, replace(TOY, prompts=3, rollouts=2))
     assert found == {"reward": 1.25 / 6, "pass_rate": 4 / 6, "format_rate": 5 / 6, "tokens": 21,
                      "truncated": 1 / 6, "tied_rollouts": 1 / 3, "reasons": {"ok": 4, "test": 2}}
 
@@ -888,8 +883,7 @@ def test_three_steps_then_a_new_process_then_three_are_six_steps(step_1, toy, tm
     straight, state = start(tmp_path / "straight")
     expected = run_steps(straight, state, tmp_path / "straight", eval_every=100)
 
-    out = tmp_path / "resumed"
-    first, state = start(out)
+    first, state = start(out := tmp_path / "resumed")
     run_steps(first, state, out, steps=3, eval_every=1)
     second = tiny_policy()  # knows nothing of the first
     state = fresh_state(second, TOY)
@@ -1025,7 +1019,8 @@ def peft_folder(base: Path, folder: Path, **options) -> Path:
 
 @pytest.mark.parametrize("options", [
     {}, {"use_rslora": True}, {"rank_pattern": {"v_proj": 2}}, {"target_modules": "all-linear"}])
-def test_a_peft_folder_is_a_specialist_teacher_or_where_training_starts(options, base, tmp_path):
+def test_a_peft_folder_is_a_specialist_teacher_or_where_training_starts(
+        options, base, tmp_path, capsys):
     """Frozen either way; what training exports is then the whole way from the base."""
     folder = peft_folder(base, tmp_path / "made", **options)
     expected = plain_logits(base, folder)
@@ -1035,6 +1030,9 @@ def test_a_peft_folder_is_a_specialist_teacher_or_where_training_starts(options,
     assert torch.equal(*(model_logits(policy, role, IDS) for role in (policy.student, vcopd.BASE)))
     trained = [name for name, p in policy.model.named_parameters() if p.requires_grad]
     assert trained and all(name.endswith(".policy") for name in trained)
+    assert "Mind that" not in capsys.readouterr().out
+    load(shutil.copytree(base, tmp_path / "other"), teacher=str(folder))
+    assert f"trained on {base}" in capsys.readouterr().out
     policy = load(folder)
     assert same(model_logits(policy, policy.reference, IDS), expected)
     policy = moved_policy(folder)
@@ -1398,9 +1396,11 @@ def test_each_number_of_a_report_is_of_the_right_role_and_prompts(role, toy, mon
         "kl_to_reference": (role, policy.reference, visited), "pass@1_with_hint": 0.4,
         "entropy_anchors": (role, [(role, "old", 1, False)]),
         **({} if role == policy.student else {"pass@1_of_teacher": 0.8})}  # it does not change
+    toy.validation = (toy.validation[0], "old problems")
     assert vcopd.look(policy, toy, TOY) == {
         "eval_pass": 0.6, "eval_reward": -0.1, "eval_format": 1.0, "eval_old": policy.student,
-        "eval_chance": [], "eval_kl": (policy.student, (), [(policy.student, "val", 1, False)]),
+        "eval_chance": "old problems", "eval_kl": (policy.student, (), [
+            (policy.student, "val", 1, False)]),
         "eval_kl_from_base": ((), policy.student, [((), "val", 1, False)])}
 
 
@@ -1460,9 +1460,8 @@ def test_old_skills_are_counted_by_kind_and_by_the_chance_of_the_reference(toy, 
     chances = [math.exp(sum(row)) for row in prefix_logps(
         policy, policy.student, vcopd.solution_batch(policy, old), 1.0)]
     assert kept.pop("chance") == pytest.approx(sum(chances) / 3, rel=1e-3)
-    assert kept == {"old": pytest.approx(2 / 3), "replayed": 1.0, "a": 1.0, "unreplayed": 0.5,
-                    "x": 0.5, "passes": {"old": [1.0, 0.0, 1.0], "replayed": [1.0],
-                                         "unreplayed": [0.0, 1.0]}}
+    assert kept == {"old": 2 / 3, "replayed": 1.0, "a": 1.0, "unreplayed": 0.5, "x": 0.5,
+                    "passes": {"old": [1.0, 0.0, 1.0], "replayed": [1.0], "unreplayed": [0.0, 1.0]}}
     assert vcopd.old_skills(policy, (), toy, [], TOY)["old"] == 0.0
 
 
@@ -1811,14 +1810,13 @@ LYING = [
     "type('int', (), {'__class__': int, '__eq__': lambda s, o: True})()", "itertools.count()",
     "(a + b for _ in range(1))", "type('D', (dict,), {})()", "True", "str(a + b)"]
 PATCHES = [
-    "builtins.len = lambda x: 0", "builtins.isinstance = lambda *a: True", "sys.modules.clear()",
-    "builtins.type = lambda x: int", "builtins.all = lambda x: True",
-    "json.dumps = lambda *a, **k: '\"\"'", "json.loads = lambda *a, **k: []",
-    "math.isclose = lambda *a, **k: True", "sys.settrace(lambda *a: None)",
+    "builtins.len = lambda x: 0", "builtins.all = lambda x: True", "sys.settrace(lambda *a: None)",
+    "builtins.isinstance = lambda *a: True", "json.dumps = lambda *a, **k: '\"\"'",
+    "sys.modules.clear()", "sys._getframe(2).f_globals['line_of'] = lambda m: b'[\"passed\"]\\n'",
+    "builtins.type = lambda x: int", "math.isclose = lambda *a, **k: True",
+    "json.loads = lambda *a, **k: []", "builtins.AssertionError = builtins.Exception = SystemExit",
     "sys.modules['json'] = sys.modules['math'] = None", "sys.excepthook = lambda *a: os._exit(0)",
-    "builtins.AssertionError = builtins.Exception = SystemExit",
-    "sys._getframe(2).f_globals.update(encode=lambda v, d=0: '', fail=print)",
-    "sys._getframe(2).f_globals['line_of'] = lambda m: b'[\"passed\"]\\n'"]
+    "sys._getframe(2).f_globals.update(encode=lambda v, d=0: '', fail=print)"]
 FORGERIES = [
     'b"true\\n"', "b'\"\"\\n'", "b'[]\\n'", "b'null'", "b'[\"passed\"]\\n'", "b'\"ok\"\\n'",
     'b\'[["value", ["int", "0x5"]]]\\n\'', 'b\'[["fault", true]]\\n\'', 'b\'[["fault", ""]]\\n\'',
@@ -1942,14 +1940,13 @@ READING = [
     "return os.readlink('/proc/self/exe')", "import __main__",
     "os.lseek(0, 0, 0); return [os.read(fd, 9) for fd in range(4, 64)]"]
 DOING = [
-    "open(VICTIM, 'w').write('x')", "open(VICTIM + '.new', 'w').write('x')", "os.unlink(VICTIM)",
-    "os.rename(VICTIM, VICTIM + '.old')", "os.mkdir(VICTIM + '.d')", "os.fork()",
-    "import threading; threading.Thread(target=print).start()",
-    "import subprocess; subprocess.run(['touch', VICTIM + '.new'])",
-    "os.system('touch ' + VICTIM + '.new'); raise OSError",
-    "import socket; socket.create_connection(('127.0.0.1', PORT), 1)",
-    "import socket; socket.socketpair()", "os.kill(os.getppid(), 9)", "os.kill(TRAINER, 19)",
-    "os.killpg(0, 9)", "os.kill(-1, 9)", "os.setsid(); os.nice(-5); os.chroot('/')"]
+    "open(VICTIM, 'w').write('x')", "import subprocess; subprocess.run(['touch', VICTIM + '.new'])",
+    "open(VICTIM + '.new', 'w').write('x')", "os.system('touch ' + VICTIM + '.new'); raise OSError",
+    "os.unlink(VICTIM)", "os.fork()", "import socket; socket.socketpair()", "os.kill(TRAINER, 19)",
+    "os.rename(VICTIM, VICTIM + '.old')", "os.setsid(); os.nice(-5); os.chroot('/')",
+    "os.mkdir(VICTIM + '.d')", "import threading; threading.Thread(target=print).start()",
+    "import socket; socket.create_connection(('127.0.0.1', PORT), 1)", "os.kill(os.getppid(), 9)",
+    "os.killpg(0, 9)", "os.kill(-1, 9)"]
 DIGGING = """import sys
 def f():
     frame = sys._getframe()
@@ -2273,14 +2270,13 @@ def test_the_task_of_the_readme_trains_from_its_file(base, tmp_path):
 
 SUM = tasks.Example("a", "40 + 2?", "Answer: 42", hint="42")
 NO_INTEGER = [
-    "", "42", "Answer:42", "Answer:  42", "answer: 42",
-    "Answer: +42", "Answer: 042", "Answer: 4_2", "Answer: 4 2", "Answer: 42 or 41",
-    "Answer: 40 + 2", "Answer: 0x2A", "Answer: 4.2e1", "Answer: \u0664\u0662",
-    "Answer: \uff14\uff12", "Answer: 4\u00b2", "Answer: \u221242", "Answer: 42\nso it is",
-    "Answer: 41\nAnswer: 42", "ANSWER: 41\nAnswer: 42", "Answer: Answer: 42",
-    "<answer>42</answer>", "<answer><answer>Answer: 42</answer></answer>", "The Answer: 42",
-    "Answer: **42**", "Answer: 42\u2028", "x\u2028Answer: 42", "Answer: 42\0",
-    "Answer: " + "9" * 400, "Answer: 1" + "0" * 18, "Answer: 10**400", "Answer: ", "Answer: None"]
+    "", "Answer: 42\nso it is", "x\u2028Answer: 42", "Answer: " + "9" * 400, "Answer: 1" + "0" * 18,
+    "42", "Answer: 0x2A", "Answer: 4.2e1", "The Answer: 42", "Answer: **42**", "Answer: 10**400",
+    "Answer:42", "answer: 42", "Answer: 4 2", "Answer: ",
+    "Answer:  42", "Answer: +42", "Answer: 042", "Answer: 4_2", "Answer: 42\0", "Answer: None",
+    "Answer: 42 or 41", "Answer: 40 + 2", "Answer: 4\u00b2", "Answer: \u221242", "Answer: 42\u2028",
+    "Answer: \u0664\u0662", "Answer: \uff14\uff12", "ANSWER: 41\nAnswer: 42", "Answer: Answer: 42",
+    "Answer: 41\nAnswer: 42", "<answer>42</answer>", "<answer><answer>Answer: 42</answer></answer>"]
 
 
 def test_one_plain_integer_on_the_last_line_is_judged_and_nothing_else():
@@ -2929,11 +2925,14 @@ def test_gsm8k_is_read_as_published_and_so_are_prompts_with_answers(tmp_path):
     rows = [{"prompt": "2 halves?", "answer": "1", "id": "one"},
             {"prompt": "x", "answer": "Answer: 7"},
             {"prompt": "3 * 2?", "answer": "6.0", "hint": "twice three"}]
-    one, two, three = load_sums(written(tmp_path, *rows))
+    one, two, three = load_sums(path := written(tmp_path, *rows))
     assert (one.id, one.reference, one.hint) == ("one", "Answer: 1", "Answer: 1")
     assert two.reference == "Answer: 7" and two.id != three.id
     assert three.reference == three.hint == "twice three\nAnswer: 6.0"
     assert [tasks.verify_arithmetic(three, f"Answer: {n}").passed for n in (6, 7)] == [True, False]
+    for count, looks in ((2, 1), (3, 100)):  # never at a problem of the report
+        task = tasks.load_task(vcopd.Config("arithmetic", eval_data=path, eval_problems=count))
+        assert (len(task.evals["in_domain"]), len(task.validation[0])) == (count, looks)
 
 
 @pytest.mark.parametrize(("line", "value"), [

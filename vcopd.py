@@ -5,7 +5,7 @@
 """Verifier-Calibrated On-Policy Distillation (VC-OPD): a reference implementation in one file.
 
 A language model learns a new skill from its own samples and forgets little: a verifier says how
-good they are, and a teacher hints at tokens inside that verdict, by lambda * clip (0.1) at most.
+good they are, and inside it a teacher moves the credit of tokens, by lambda * clip (0.1) at most.
 The source is an essay by Marvin B. Freedman (2026); lines marked `differs:` depart from it.
 
     python vcopd.py --task codeedit              # 5 minutes on 2 cores the first time, then 2
@@ -16,7 +16,7 @@ Start reading at `train`, the first function of Part I: it repeats the essay's S
 One frozen model plays all roles; named LoRA adapters and the prompt decide. {policy} is trained.
 
     pi_0, the base         no adapter                                       the prompt
-    pi_ref, KL anchor      {format} if Step 1 ran                           the prompt
+    pi_ref, KL anchor      {start} of a PEFT --model, {format} of Step 1    the prompt
     pi_theta, the student  {format} + {policy}                              the prompt
     T, the teacher         as pi_ref, a {specialist}, or a stronger model   the prompt and a hint
 """
@@ -117,7 +117,7 @@ class Config:
     kl_budget: float = knob(0.05, "largest KL to the base that still counts as improved")
     blind: bool = False  # set by METHODS alone, as the next: do not look at the verdict
     imitate: bool = False  # learn from reference answers, not from rollouts
-    tested: bool = True  # set by --compare alone: False leaves the test problems to chosen runs
+    tested: bool = True  # --compare leaves the test problems to the runs that it chooses
     today: str = "2026-01-01"  # what a chat template is told that writes the date
 
 
@@ -142,7 +142,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="vcopd.py", usage=argparse.SUPPRESS, argument_default=argparse.SUPPRESS,
         allow_abbrev=False, description=__doc__.partition("\n\nStart")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    presets = {"tiny": TINY, **tasks.PRESETS}.items()
+    presets = {"tiny": TINY, **{f"tiny {task}": p for task, p in tasks.PRESETS.items()}}.items()
     for option in filter(lambda option: option.metadata, fields(Config)):
         name, kind, meta = option.name, type(option.default), option.metadata
         if meta["heading"]:
@@ -241,11 +241,10 @@ def train(policy: Policy, task: tasks.Task, state: State, out: Path, cfg: Config
                        zip(answers[:cfg.rollouts], verdicts, strict=False)]
 
         # log; now and then look at validation problems, and save
-        state.step = step + 1
+        state.step, seconds = step + 1, time.perf_counter() - started
         if state.step % cfg.eval_every == 0:
             metrics |= look(policy, task, cfg)
-        log_step(out, {"step": state.step, **metrics, "grad_norm": grad_norm}, samples,
-                 time.perf_counter() - started)
+        log_step(out, {"step": state.step, **metrics, "grad_norm": grad_norm}, samples, seconds)
         stopping = over_ranks(state.stopping)
         if stopping or state.step == cfg.steps or state.step % cfg.save_every == 0:
             save_checkpoint(out / "checkpoint", policy, state)
@@ -254,7 +253,8 @@ def train(policy: Policy, task: tasks.Task, state: State, out: Path, cfg: Config
 
 
 def update(policy: Policy, parts: list[Experience], state: State, cfg: Config) -> tuple:
-    """Step 5: one optimiser step an epoch, on all micro-batches; returns what to log of the last.
+    """Step 5: one optimiser step an epoch, on all micro-batches; what to log of the last, and the
+    norm of its gradient. RunError if that is not finite.
     In the first epoch the student still is pi_old: rho is 1, and the clip acts in later ones."""
     tokens = over_ranks(sum(int(part.batch.mask.sum()) for part in parts))
     for epoch in range(cfg.epochs):
@@ -264,7 +264,7 @@ def update(policy: Policy, parts: list[Experience], state: State, cfg: Config) -
             hidden = completion_hidden(policy, policy.student, part.batch), part.hidden_ref
             terms = on_tokens(policy, token_terms, cfg.temperature, part.batch, *hidden)
             loss, logged = vcopd_loss(terms, part, state.kl_coef, tokens, cfg)
-            total_loss(loss, 0.0, share).backward()
+            ((1 - share) * loss).backward()  # Eq. 12: replay has added r of its own
             info.update({name: value.item() for name, value in logged.items()})
         grad_norm = optimizer_step(state.optimizer, cfg)
     return dict(info), grad_norm
@@ -510,7 +510,8 @@ def token_terms(model: nn.Module, temperature: float, ids: Tensor, hidden: Tenso
 
 
 def vcopd_loss(terms: Tensor, part: Experience, kl_coef: float, tokens: int, cfg: Config) -> tuple:
-    """The loss of one micro-batch and what to log. `terms` (3, b, T) are of `token_terms`.
+    """The loss of one micro-batch and what to log, from `terms` (3, b, T) of `token_terms` and of
+    `part` advantage (b,), logp_old, gap and batch.mask (b, T). `tokens` counts all micro-batches.
     In the first epoch rho is 1. The *value* of the policy term is then minus the mean of A_dense:
     near 0, as verdicts are centred. Its gradient, -mean(A_dense grad log pi), is not."""
     logp, kl, entropy = terms
@@ -563,11 +564,6 @@ def refresh_replay(policy: Policy, anchors: list[tasks.Example], step: int, cfg:
         by_skill.setdefault(anchors[i].skill, []).append(i)
     kept = [i for rows in by_skill.values() for i in rows[-math.ceil(cfg.replay_keep * len(rows)):]]
     return batch.rows(torch.tensor(kept))
-
-
-def total_loss(loss: Tensor | float, loss_replay: Tensor | float, share: float) -> Tensor:
-    """The new task and old skills in one loss. Called once for each: only gradients are added."""
-    return (1 - share) * loss + share * loss_replay  # Eq. 12
 
 
 # PART II - THE MACHINERY: padding, randomness without a state, and all that comes below them ##
@@ -656,7 +652,8 @@ def adapter_optimizer(model: nn.Module, name: str, lr: float) -> torch.optim.Opt
 
 def rollouts(policy: Policy, role: Role, prompts: list[list[int]], k: int, cfg: Config,
              generator: torch.Generator) -> Batch:
-    """`sample`, as many prompts at a time as have room; half as many whenever memory runs out."""
+    """`sample`, as many prompts at a time as have room; half as many whenever memory runs out.
+    RunError if a prompt leaves no room for --max-new-tokens in the model's positions."""
     most, rows = max(map(len, prompts), default=0) + cfg.max_new_tokens, []
     if most > policy.positions:
         raise RunError(f"{most} tokens, the model reads {policy.positions}: lower --max-new-tokens")
@@ -790,7 +787,7 @@ def imitate(policy: Policy, role: Role, batch: Batch, temperature: float = 1.0,
     for _, part in micro_batches(policy, batch):
         logp = log_probs(policy, role, part, temperature)
         nll = -token_mean(logp, part.mask, tokens)  # differs: no PPO ratio, pi_old is long gone
-        total_loss(0.0, nll, share).backward()
+        (share * nll).backward()
         value += nll.item()
     return value
 
@@ -820,7 +817,7 @@ def train_format(policy: Policy, task: tasks.Task, cfg: Config) -> None:
 
 
 def imitate_replay(policy: Policy, state: State, epoch: int, cfg: Config) -> tuple[float, dict]:
-    """Add up gradients of kept samples, r of all rows beside rollouts; weight, r or 0, and loss."""
+    """Add up r times the gradient of replayed rows, which are r of all; r, or 0, and their NLL."""
     if state.replay is None:
         return 0.0, {}
     count = round(cfg.prompts * cfg.rollouts * cfg.replay_share / (1 - cfg.replay_share))
@@ -1001,8 +998,10 @@ def load_policy(cfg: Config, task: tasks.Task | None) -> Policy:
         load_adapter(policy.model, "policy", Path(name))
     elif base:  # frozen like the format adapter: the reference is the model as given
         policy.reference = load_adapter(policy.model, "start", Path(name))
-    if has_teacher(cfg) and adapter_base(cfg.teacher):
+    if has_teacher(cfg) and (other := adapter_base(cfg.teacher)):
         policy.specialist = load_adapter(policy.model, "specialist", Path(cfg.teacher))
+        if other != (base or name):
+            print(f"Mind that --teacher {cfg.teacher} was trained on {other}, not {base or name}")
     elif has_teacher(cfg) and cfg.teacher != "self":
         policy.stronger = load_frozen(cfg.teacher, cfg)
         rows, most = (len(p.model.get_input_embeddings().weight) for p in (policy, policy.stronger))
@@ -1162,7 +1161,7 @@ def look(policy: Policy, task: tasks.Task, cfg: Config) -> dict[str, float]:
     """The student on a few validation problems: what steers a run sees no problem of the report."""
     new, old = task.validation[0][:min(LOOK, cfg.eval_problems)], task.validation[1]
     found = answer(policy, policy.student, new, 1, 0.0, cfg, task.verify)[2]
-    kept = old_skills(policy, policy.student, task, old, cfg)
+    kept = old_skills(policy, policy.student, task, old, cfg) if old else {}
     scores = {"pass": mean(v.passed for v in found), "reward": mean(v.reward for v in found),
               "format": mean(v.formatted for v in found), **{k: kept[k] for k in OLD if k in kept}}
     for name, p, q in (("kl", policy.student, BASE), ("kl_from_base", BASE, policy.student)):
@@ -1394,7 +1393,7 @@ def run(cfg: Config, task: tasks.Task) -> dict:
     (out / "report.json").unlink(missing_ok=True)
     write_atomic(out / "config.json", asdict(cfg))
     if cfg.eval_only:
-        trained = Path(cfg.model).with_name("config.json")
+        trained = Path(cfg.model, "../config.json")
         if trained.exists() and (other := read_json(trained).get("task")) != cfg.task:
             print(f"Mind that {cfg.model} was trained with --task {other}, not {cfg.task}")
         report = {"scores": evaluate(policy, task, policy.reference, cfg)}
@@ -1420,7 +1419,7 @@ def run_or_load(cfg: Config, task: tasks.Task) -> dict:
     if other and any(Path(cfg.out).glob("*.json*")):
         raise RunError(f"{cfg.out} holds other options ({' '.join(other[:3])}): give another --out")
     done = report.exists() and held["steps"] == cfg.steps
-    print(f"\n=== {cfg.out}" + " is finished: to prolong it, raise --steps" * done, flush=True)
+    print(f"\n=== {cfg.out}" + " is finished: raise --steps, or delete it" * done, flush=True)
     return read_json(report) if done else run(cfg, task)
 
 
@@ -1556,7 +1555,7 @@ def frontier(runs: list[list[dict]], cfg: Config) -> dict[str, list[float]]:
     points = [look | {key.replace("eval", "lost"): run[0][key] - look[key]  # since the base
                       for key in look if key.startswith("eval_")} for run in runs for look in run]
     row = {"best within budgets": [max((point["eval_pass"] for point in points if round(
-        point["lost_old"], 9) <= 0.02 and point["eval_kl"] <= cfg.kl_budget), default=0.0)]}
+        point.get("lost_old", 0), 9) <= 0.02 and point["eval_kl"] <= cfg.kl_budget), default=0.0)]}
     for goal in (0.8, 0.9):
         reached = [point for point in points if point["eval_pass"] >= goal]
         row[f"reaches {goal}"] = [float(bool(reached))]
@@ -1672,7 +1671,8 @@ def main(cfg: Config, plotted: list[str] | None = None) -> int:
             show(cfg, load_policy(cfg, task), task)
         elif cfg.bench:
             with tempfile.TemporaryDirectory() as out:
-                run(replace(cfg, out=out, steps=3, tested=False), tasks.load_task(cfg))
+                run(replace(cfg, out=out, steps=3, tested=False, format_threshold=0.0),
+                    tasks.load_task(cfg))
         else:
             run_or_load(cfg, tasks.load_task(cfg))
             print(f"\nResults are in {cfg.out}: read report.json there, or compare methods with\n"
