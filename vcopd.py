@@ -114,7 +114,7 @@ class Config:
     eval_every: int = knob(100, "steps between looks at validation", 1, heading="evaluation")
     save_every: int = knob(100, "steps between checkpoints", 1)
     eval_problems: int = knob(200, "held-out problems in each split", 2)
-    kl_budget: float = knob(0.05, "largest KL to the base that still counts as improved")
+    kl_budget: float = knob(0.05, "largest KL to the bare base that counts as improved")
     blind: bool = False  # set by METHODS alone, as the next: do not look at the verdict
     imitate: bool = False  # learn from reference answers, not from rollouts
     tested: bool = True  # --compare leaves the test problems to the runs that it chooses
@@ -297,7 +297,7 @@ class Batch:
         return [row[:n] for row, n in zip(self.completion.tolist(), lengths, strict=True)]
 
     def rows(self, index: Tensor) -> Batch:
-        """The chosen rows, cut to their longest completion."""
+        """The rows of an index (n,) on the CPU, cut to their longest completion."""
         longest = int(self.mask[index].sum(1).max())
         return Batch([self.contexts[i] for i in index.tolist()],
                      self.completion[index, :longest], self.mask[index, :longest])
@@ -309,7 +309,7 @@ BASE: Role = ()  # pi_0: none at all
 
 @dataclass
 class Policy:
-    """The frozen model in all its roles. pi_theta is `student`, which trains adapter "policy"."""
+    """The frozen model and, for each role, the names of its adapters; "policy" alone is trained."""
     model: nn.Module
     tokenizer: object
     stop_ids: Tensor
@@ -828,7 +828,7 @@ def imitate_replay(policy: Policy, state: State, epoch: int, cfg: Config) -> tup
 
 
 def optimizer_step(optimizer: torch.optim.Optimizer, cfg: Config) -> float:
-    """Clip the gradient, take the step; its norm. Raises RunError unless it is finite."""
+    """Clip the gradient and take the step; its norm before that. RunError unless it is finite."""
     parameters = optimizer.param_groups[0]["params"]
     for parameter in parameters if dist.is_initialized() else ():
         dist.all_reduce(parameter.grad)
