@@ -1007,7 +1007,7 @@ def load_task(cfg) -> Task:
         task = replace(task, train=load(task.row, task.verify, cfg.data))
     if cfg.eval_data:
         test = load(task.row, task.verify, cfg.eval_data)
-        looks = test[cfg.eval_problems:] or task.validation[0]  # at no problem of the report
+        looks = test[cfg.eval_problems:] or task.validation[0] or task.train  # not the report's
         task = replace(task, evals={"in_domain": test}, validation=(looks, task.validation[1]))
     if cfg.anchors:
         anchors = load(anchor_from_row, verify_skill, cfg.anchors)
