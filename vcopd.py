@@ -1041,15 +1041,15 @@ def load_frozen(name: str, cfg: Config) -> Policy:
             raise ValueError("its tokenizer has no end-of-sequence token, so no answer could end")
         stops = list(dict.fromkeys(int(i) for i in stops if i is not None))  # SFT: the first
         pad_id = stops[-1] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        local = ("sliding_window", "attention_chunk_size", "window_size")  # no mask fits all layers
+        # No one mask fits all layers where some see less of a row than others.
         config = model.config.get_text_config()
-        alone = any(getattr(config, key, None) for key in local)
+        solo = any(map(vars(config).get, ("sliding_window", "attention_chunk_size", "window_size")))
         rope = getattr(config, "rope_parameters", None) or {}
         known = rope if rope.get("rope_type") in ("dynamic", "longrope") else {}  # by longest row
         positions = known.get("original_max_position_embeddings") or getattr(
             config, "max_position_embeddings", None) or math.inf
         policy = Policy(model.to(device), tokenizer, torch.tensor(stops, device=device), pad_id,
-                        0 if alone else Policy.pack, memory, positions, micro_tokens, cfg.today)
+                        0 if solo else Policy.pack, memory, positions, micro_tokens, cfg.today)
         self_check(policy)
     return policy
 
