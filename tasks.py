@@ -1011,7 +1011,7 @@ def load_task(cfg) -> Task:
         task = replace(task, evals={"in_domain": test}, validation=(looks, task.validation[1]))
     if cfg.anchors:
         anchors = load(anchor_from_row, verify_skill, cfg.anchors)
-        known = [a for a in anchors[::len(anchors) // 64 + 1] if a.reference]  # some, for looks
+        known = [a for a in anchors[::math.ceil(len(anchors) / 64)] if a.reference]  # for looks
         task = replace(task, anchors=anchors, validation=(task.validation[0], known))
     if cfg.benchmark:
         task = replace(task, benchmark=load(program_from_row, verify_program, cfg.benchmark))

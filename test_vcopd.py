@@ -804,8 +804,8 @@ def test_the_shares_of_a_step_on_paper():
     batch.completion[3, 2] = AB  # in place of its stop token
     judged = [tasks.Verdict(reward, reason == "ok", formatted, reason, {})
               for reward, formatted, reason in (
-                    (1.0, True, "ok"), (1.0, False, "ok"), (-1.0, True, "test 1: wrong value"),
-                    (-0.5, True, "test 12: timeout"), (0.5, True, "ok"), (0.25, True, "ok"))]
+                  (1.0, True, "ok"), (1.0, False, "ok"), (-1.0, True, "test 1: wrong value"),
+                  (-0.5, True, "test 12: timeout"), (0.5, True, "ok"), (0.25, True, "ok"))]
     found = vcopd.rollout_metrics(tiny_policy(), batch, judged, replace(TOY, prompts=3, rollouts=2))
     assert found == {"reward": 1.25 / 6, "pass_rate": 4 / 6, "format_rate": 5 / 6, "tokens": 21,
                      "truncated": 1 / 6, "tied_rollouts": 1 / 3, "reasons": {"ok": 4, "test": 2}}
@@ -1399,8 +1399,8 @@ def test_each_number_of_a_report_is_of_the_right_role_and_prompts(role, toy, mon
     toy.validation = (toy.validation[0], "old problems")
     assert vcopd.look(policy, toy, TOY) == {
         "eval_pass": 0.6, "eval_reward": -0.1, "eval_format": 1.0, "eval_old": policy.student,
-        "eval_chance": "old problems", "eval_kl": (policy.student, (), [
-            (policy.student, "val", 1, False)]),
+        "eval_chance": "old problems",
+        "eval_kl": (policy.student, (), [(policy.student, "val", 1, False)]),
         "eval_kl_from_base": ((), policy.student, [((), "val", 1, False)])}
 
 
@@ -2270,13 +2270,14 @@ def test_the_task_of_the_readme_trains_from_its_file(base, tmp_path):
 
 SUM = tasks.Example("a", "40 + 2?", "Answer: 42", hint="42")
 NO_INTEGER = [
-    "", "Answer: 42\nso it is", "x\u2028Answer: 42", "Answer: " + "9" * 400, "Answer: 1" + "0" * 18,
-    "42", "Answer: 0x2A", "Answer: 4.2e1", "The Answer: 42", "Answer: **42**", "Answer: 10**400",
-    "Answer:42", "answer: 42", "Answer: 4 2", "Answer: ",
-    "Answer:  42", "Answer: +42", "Answer: 042", "Answer: 4_2", "Answer: 42\0", "Answer: None",
-    "Answer: 42 or 41", "Answer: 40 + 2", "Answer: 4\u00b2", "Answer: \u221242", "Answer: 42\u2028",
-    "Answer: \u0664\u0662", "Answer: \uff14\uff12", "ANSWER: 41\nAnswer: 42", "Answer: Answer: 42",
-    "Answer: 41\nAnswer: 42", "<answer>42</answer>", "<answer><answer>Answer: 42</answer></answer>"]
+    "", "42", "Answer:42", "Answer:  42", "answer: 42",
+    "Answer: +42", "Answer: 042", "Answer: 4_2", "Answer: 4 2", "Answer: 42 or 41",
+    "Answer: 40 + 2", "Answer: 0x2A", "Answer: 4.2e1", "Answer: \u0664\u0662",
+    "Answer: \uff14\uff12", "Answer: 4\u00b2", "Answer: \u221242", "Answer: 42\nso it is",
+    "Answer: 41\nAnswer: 42", "ANSWER: 41\nAnswer: 42", "Answer: Answer: 42",
+    "<answer>42</answer>", "<answer><answer>Answer: 42</answer></answer>", "The Answer: 42",
+    "Answer: **42**", "Answer: 42\u2028", "x\u2028Answer: 42", "Answer: 42\0",
+    "Answer: " + "9" * 400, "Answer: 1" + "0" * 18, "Answer: 10**400", "Answer: ", "Answer: None"]
 
 
 def test_one_plain_integer_on_the_last_line_is_judged_and_nothing_else():

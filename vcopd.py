@@ -8,7 +8,7 @@ A language model learns a new skill from its own samples and forgets little: a v
 good they are, and inside it a teacher moves the credit of tokens, by lambda * clip (0.1) at most.
 The source is an essay by Marvin B. Freedman (2026); lines marked `differs:` depart from it.
 
-    python vcopd.py --task codeedit              # 5 minutes on 2 cores the first time, then 2
+    python vcopd.py --task codeedit              # 6 minutes on 2 cores the first time, then 2
     python vcopd.py --task codeedit --method rl  # the same loop without a teacher
 
 Start reading at `train`, the first function of Part I: it repeats the essay's Steps 2 to 6.
@@ -1175,8 +1175,8 @@ def old_skills(policy: Policy, role: Role, task: tasks.Task, problems: list, cfg
     """Shares of old problems that are still solved, by skill and by whether an anchor guards it."""
     verdicts = answer(policy, role, problems, 1, 0.0, cfg, tasks.verify_skill)[2]
     parts = micro_batches(policy, solution_batch(policy, problems)) if problems else []
-    chance = mean(p for _, part in parts for p in log_probs(  # moves before greedy answers do
-        policy, role, part, 1.0).sum(1).exp().tolist())
+    chance = mean(p for _, part in parts  # of the very references: moves before greedy answers do
+                  for p in log_probs(policy, role, part, 1.0).sum(1).exp().tolist())
     rewards, anchored = [v.reward for v in verdicts], {anchor.skill for anchor in task.anchors}
     groups: dict[str, list[float]] = {"old": rewards}
     for example, reward in zip(problems, rewards, strict=True):
