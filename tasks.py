@@ -34,7 +34,7 @@ import zlib
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from functools import cache, lru_cache, partial
 from pathlib import Path
@@ -48,6 +48,17 @@ TRAIN, VALID, TEST = range(0, 6), range(6, 8), range(8, 10)  # parts of all prog
 
 class UserError(Exception):
     """Something that a user can mend, in one sentence."""
+
+
+@contextlib.contextmanager
+def reading(what: Path | str, advice: str):
+    """Where something is missing, damaged or foreign, raise UserError instead of what it raises."""
+    try:
+        yield
+    except Exception as error:  # of any kind: it may come from a library, or a user's program
+        plain = isinstance(error, ValueError | OSError | ImportError | UserError) and str(error)
+        why = (plain or repr(error)).splitlines()[0].rstrip(".")
+        raise UserError(f"{what} cannot be used ({why}): {advice}") from None
 
 
 @dataclass(frozen=True)
@@ -70,36 +81,35 @@ class Example:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a verifier says of one completion. Raises ValueError if `passed` and `reason` differ."""
-    reward: float                 # in [-1, 1]
+    """What a verifier says of one completion. Raises ValueError if it contradicts itself."""
+    reward: float                 # a failure -1, a pass 0 to 1
     passed: bool                  # exactly when the reason is "ok"
     formatted: bool               # the format rule holds
     reason: str                   # "ok", or the first thing wrong
     metrics: dict[str, float]     # of a code edit in the right format; else empty
 
     def __post_init__(self):
-        if self.passed is not (self.reason == "ok"):
-            raise ValueError(f"a verdict cannot be {self.passed} and {self.reason!r}")
+        if self.passed is not (self.reason == "ok") or not math.isfinite(self.reward):
+            raise ValueError(f"a verdict cannot be {self}")
 
 
 def pair_from_row(row: dict) -> tuple[Example]:
-    """A prompt and its answer; a hint other than that and an id, if the row has them."""
-    row = {"hint": row.get("answer"), "id": f"row/{random.Random(repr(row)).random()}", **row}
+    """A prompt and its answer; a hint other than that, if the row has one."""
+    row = {"hint": row.get("answer"), **row}
     prompt, answer, hint, id = (text_field(row, key) for key in ("prompt", "answer", "hint", "id"))
     return (Example(id, prompt, answer, hint),)
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a training run needs to know of a skill. `verify` must give a verdict on any text and
-    never raise; several threads call it at once. It pays a failure -1 and a pass 0 to 1."""
+    """What a training run needs to know of a skill. A verifier pays a failure -1, a pass 0 to 1."""
     name: str
-    verify: Callable[[Example, str], Verdict]
-    train: list[Example]
-    evals: dict[str, list[Example]]  # the verdict is about the split "in_domain"
-    anchors: list[Example]  # prompts about old skills, for replay
-    benchmark: list[Example]  # problems of old skills, for evaluation
-    validation: tuple[list[Example], list[Example]]  # as evals and benchmark, to choose options on
+    verify: Callable[[Example, str], Verdict]  # of any text; several threads call it at once
+    train: list[Example] = field(default_factory=list)  # or --data
+    evals: dict[str, list[Example]] = field(default_factory=dict)  # the report's is "in_domain"
+    anchors: list[Example] = field(default_factory=list)  # prompts about old skills, for replay
+    benchmark: list[Example] = field(default_factory=list)  # of old skills, for evaluation
+    validation: tuple[list, list] = ((), ())  # as "in_domain" and benchmark, to choose options on
     corpus: Callable[[random.Random], tuple[str, str]] | None = None  # (prompt, answer) for tiny
     row: Callable[[dict], tuple] = pair_from_row  # reads a row of --data
     edit_metrics: tuple[str, ...] = ()  # keys of Verdict.metrics to report; lower is better
@@ -532,9 +542,8 @@ def read_families(text: str) -> list[tuple[str, str]]:
         if "return" not in body:
             body += f"; return {body.split()[0]}"
         source = [f"def {head}:", f'    """{docstring}"""']
-        for statement in body.split("; "):
-            parts = re.split("(?<=:) ", statement)
-            source += ["    " * depth + part for depth, part in enumerate(parts, 1)]
+        source += ["    " * depth + part for statement in body.split("; ")
+                   for depth, part in enumerate(re.split("(?<=:) ", statement), 1)]
         families.append((head.split("(")[0], "\n".join(source)))
     return families
 
@@ -639,8 +648,7 @@ def count_steps(steps: Iterator[int], *_) -> Callable:
 
 @cache
 def strong_tests(source: str) -> tuple:
-    """Tests ((args, expected), ...) that fail each wrong program that is one bug away: some inputs,
-    the first that gives another value than they, and for each bug the first that shows it."""
+    """Tests ((args, expected), ...) which every wrong program that is one bug away fails."""
     rng, tree = random.Random(source), ast.parse(source).body[0]
     pool = [[draw_input(a.arg, rng) for a in tree.args.args] for _ in range(POOL)]
     right = list(outcomes(source, tree.name, pool))
@@ -679,12 +687,11 @@ def make_edit(families: list[tuple], operators: dict, parts: range, rng: random.
 def code_edit(name: str = "codeedit", change: Callable | None = None, style: float = 0.0) -> Task:
     """Repair a function by the smallest edit. `change`: of training problems; `style`: of hints."""
     seen, unseen = map(read_families, (FAMILIES, FAMILIES_UNSEEN))
-    train, validation, *tests = (
-        distinct(partial(make_edit, families, bugs, parts), count, seed)
-        for families, bugs, parts, count, seed in (
-            (seen, OPERATORS, TRAIN, 1200, "train"), (seen, OPERATORS, VALID, 200, "validation"),
-            (seen, OPERATORS, TEST, 200, "in domain"), (seen, OPERATORS_UNSEEN, TEST, 100, "bugs"),
-            (unseen, {**OPERATORS, **OPERATORS_UNSEEN}, TEST, 100, "out")))
+    train, validation, *tests = (distinct(partial(make_edit, families, bugs, parts), count, seed)
+                                 for families, bugs, parts, count, seed in (
+        (seen, OPERATORS, TRAIN, 1200, "train"), (seen, OPERATORS, VALID, 200, "validation"),
+        (seen, OPERATORS, TEST, 200, "in domain"), (seen, OPERATORS_UNSEEN, TEST, 100, "bugs"),
+        (unseen, {**OPERATORS, **OPERATORS_UNSEEN}, TEST, 100, "out")))
     near = ("quote", "call")
     anchors, benchmark, old_skills = skill_examples("skills", 20, 20, 8, near)
     evals = dict(zip(("in_domain", "new_bugs", "out_of_domain"), tests, strict=True))
@@ -870,14 +877,12 @@ PROGRAM_PROMPT = "Complete this function.\nReturn only the whole function."
 
 def load_rows(build: Callable, verify: Callable, path: str, skip: bool = False) -> list[Example]:
     """Examples of a file, maybe gzipped. LoadError for a bad row; `skip` prints why and goes on."""
-    try:
+    with reading(path, "expected a file of JSON lines"):
         data = Path(path).read_bytes()
         data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise LoadError(f"{path} cannot be read, expected a JSONL file: {error}") from None
     lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")  # without the byte order mark
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        rows = {number: threads.submit(read_row, line, build, verify)
+        rows = {number: threads.submit(read_row, f"{Path(path).stem}/{number}", line, build, verify)
                 for number, line in enumerate(lines, 1) if line.strip()}
     examples, faults, places = [], [], {}
     for number, row in rows.items():
@@ -888,33 +893,29 @@ def load_rows(build: Callable, verify: Callable, path: str, skip: bool = False) 
             examples.append(example)
         except ValueError as error:
             faults.append(f"{path} line {number}: {error}")
-    if faults and not skip:
-        raise LoadError(faults[0])
     if skip:
         print(f"{path}: {len(examples)} rows work, {len(faults)} do not", *faults, sep="\n    ")
-    if not examples:
-        raise LoadError(f"{path} holds no usable row, expected one JSON object a line")
+    if not examples or faults and not skip:
+        raise LoadError([*faults, f"{path} is empty, expected one JSON object a line"][0])
     return examples
 
 
-def read_row(line: bytes, build: Callable, verify: Callable) -> Example:
-    """The example in one line. ValueError if nobody can learn from it."""
+def read_row(name: str, line: bytes, build: Callable, verify: Callable) -> Example:
+    """The example in one line, `name` if it has no id. ValueError if nobody can learn from it."""
     try:
         # int() refuses the words NaN and Infinity: a test that expects NaN could never pass.
-        row = json.loads(line.decode(), parse_constant=int)
-    except (ValueError, RecursionError) as error:
+        row = {"id": name, **json.loads(line.decode(), parse_constant=int)}
+    except (ValueError, TypeError, RecursionError) as error:
         why = str(error).replace("line 1 column", "column")
         raise ValueError(f"expected a JSON object in UTF-8: {why}") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"expected a JSON object, got {row!a:.20}")
-    example, *fields = build(row)
-    for field, source in zip(fields, (example.buggy, example.reference), strict=False):
+    example, *sources = build(row)
+    for key, source in zip(sources, (example.buggy, example.reference), strict=False):
         if why := format_error(source, example):
-            raise ValueError(f'field "{field}" must hold the source of the function, got {why}')
+            raise ValueError(f'field "{key}" must hold the source of the function, got {why}')
     row_name, right = f'id "{example.id}"', verify(example, example.reference)
-    if not right.passed:
+    if not (right.passed and right.formatted):
         raise ValueError(f'{row_name}: its reference must pass its tests, got "{right.reason}"')
-    if fields and verify(example, example.buggy).passed:
+    if sources and verify(example, example.buggy).passed:
         raise ValueError(f"{row_name}: its buggy function must fail a test, but passes them all")
     return example
 
@@ -926,8 +927,7 @@ def edit_from_row(row: dict) -> tuple[Example, str, str]:
         head, script = text_field(row, "declaration"), text_field(row, "test", script=True)
         names = "task_id", "entry_point", "buggy_solution", "canonical_solution"
     elif ("tests" in row) == ("test_code" in row):
-        got = "both" if "tests" in row else "neither"
-        raise ValueError(f'expected one of the fields "tests" and "test_code", got {got}')
+        raise ValueError('expected either the field "tests" or the field "test_code"')
     else:
         tests = tests_field(row) if "tests" in row else ()
         script = "" if tests else text_field(row, "test_code", script=True)
@@ -965,7 +965,7 @@ def text_field(row: dict, name: str, script: bool = False) -> str:
     value = row.get(name)
     if not isinstance(value, str) or not value.strip() or BAD_CHARACTERS.search(value):
         raise ValueError(f'field "{name}" must be text without NUL, byte order mark and lone '
-                         f'surrogates, got {value!a:.20}')
+                         f'surrogates, got {f"{value!a:.20}" if name in row else "no such field"}')
     if script and "def check(" not in value:
         raise ValueError(f'field "{name}" must be a script that defines check(candidate)')
     return value
@@ -985,39 +985,44 @@ def tests_field(row: dict) -> tuple:
 load_edits = partial(load_rows, edit_from_row, verify_edit)
 
 
+def verdict_of(verify: Callable, example: Example, completion: str) -> Verdict:
+    """What a verifier of the user's says. UserError if it raises, or gives no Verdict."""
+    with reading(f"The verifier, of {completion!a:.80} to {example.id},", "it must give a Verdict"):
+        return replace(verify(example, completion))  # raises unless it does
+
+
 def own_task(path: str) -> Task:
     """What the one function of a file returns that is annotated `-> Task`. Raises UserError."""
-    try:
+    with reading(f"--task {path}", f"give one of {', '.join(TASKS)}, or a Python file with one "
+                                   "function `-> Task` that works"):
         sys.path.append(str(Path(path).parent))  # it may import its neighbours
         program = compile(Path(path).read_bytes(), path, "exec", dont_inherit=True)
         exec(program, space := {"__name__": "own_task"})
         [make] = [one for one in space.values() if getattr(one, "__module__", "") == "own_task"
                   and getattr(one, "__annotations__", {}).get("return") in (Task, "Task")]
-        return replace(make())  # raises unless that is a Task
-    except Exception as error:  # of any kind: it is the user's program
-        raise UserError(f"--task {path}: give one of {', '.join(TASKS)}, or a Python file with one "
-                        f"function `-> Task` that works ({error!r})") from None
+        return replace(task := make(), verify=partial(verdict_of, task.verify))  # a Task, or raises
 
 
 def load_task(cfg) -> Task:
     """The task of a Config, with the data files in place of its own rows. Raises UserError."""
     task = TASKS[cfg.task]() if cfg.task in TASKS else own_task(cfg.task)
-    load = partial(load_rows, skip=cfg.skip_bad_rows)
-    if cfg.data:
-        task = replace(task, train=load(task.row, task.verify, cfg.data))
-    if cfg.eval_data:
-        test = load(task.row, task.verify, cfg.eval_data)
-        looks = test[cfg.eval_problems:] or task.validation[0] or task.train  # not the report's
-        task = replace(task, evals={"in_domain": test}, validation=(looks, task.validation[1]))
-    if cfg.anchors:
-        anchors = load(anchor_from_row, verify_skill, cfg.anchors)
-        known = [a for a in anchors[::math.ceil(len(anchors) / 64)] if a.reference]  # for looks
-        task = replace(task, anchors=anchors, validation=(task.validation[0], known))
-    if cfg.benchmark:
-        task = replace(task, benchmark=load(program_from_row, verify_program, cfg.benchmark))
-    stride = math.ceil(len(task.benchmark) / cfg.eval_problems) or 1  # some of every skill
-    return replace(task, benchmark=task.benchmark[::stride], evals={
-        name: examples[:cfg.eval_problems] for name, examples in task.evals.items()})
+    train, test, anchors, benchmark = (
+        load_rows(*how, path, cfg.skip_bad_rows) if path else given for *how, path, given in (
+            (task.row, task.verify, cfg.data, task.train),
+            (task.row, task.verify, cfg.eval_data, task.evals.get("in_domain")),
+            (anchor_from_row, verify_skill, cfg.anchors, task.anchors),
+            (program_from_row, verify_program, cfg.benchmark, task.benchmark)))
+    if not cfg.ask and not (test and (train or cfg.eval_only)):
+        raise UserError(f"--task {cfg.task} has no problems: give --data and --eval-data")
+    known = [anchor for anchor in anchors if anchor.reference]
+    old = known[::math.ceil(len(known) / 64) or 1] if cfg.anchors else task.validation[1]
+    benchmark = benchmark or known
+    stride = math.ceil(len(benchmark) / cfg.eval_problems) or 1  # some of every skill
+    splits = {"in_domain": test} if cfg.eval_data else task.evals
+    rest = test[cfg.eval_problems:] if cfg.eval_data else ()  # no look sees what is reported
+    return replace(task, train=train, anchors=anchors, benchmark=benchmark[::stride],
+                   validation=(rest or task.validation[0] or train, old), evals={
+                       name: rows[:cfg.eval_problems] for name, rows in splits.items()})
 
 
 def fitting(task: Task, limit: float, length: Callable[[str], int], skip: bool) -> Task:
@@ -1038,14 +1043,12 @@ def fitting(task: Task, limit: float, length: Callable[[str], int], skip: bool) 
 
 
 def show_learnt(before: dict, after: dict, examples: list[Example]) -> None:
-    """Print a problem that only `after` solves, and one that `before` solves by changing more."""
-    passes = list(zip(before["passes"], after["passes"], strict=True))
-    solved = [i for i, (old, new) in enumerate(passes) if new > old]
-    more, less = ([edit_metrics(text, e.buggy, e.reference)["nel"] if e.buggy else 0.0 for e, text
-                   in zip(examples, scores["answers"], strict=True)] for scores in (before, after))
-    spared = sorted((i for i, both in enumerate(passes) if all(both) and more[i] > less[i]),
-                    key=lambda i: less[i] - more[i])
-    for i in [*solved[:1], *(spared[:1] or solved[1:2])]:
+    """Print a problem that only `after` solves, and one that `before` solved by changing more."""
+    excess = {i: edit_metrics(before["answers"][i], example.buggy, example.reference)["nel"]
+              for i, example in enumerate(examples) if after["passes"][i]}
+    new, kept = ([i for i in sorted(excess, key=excess.get) if before["passes"][i] == passed]
+                 for passed in (0, 1))
+    for i in dict.fromkeys(new[:1] + ([i for i in kept if excess[i] > 0] or new)[-1:]):
         example, problem = examples[i], examples[i].buggy.splitlines()
         print("", f"Held-out problem {example.id}", *[] if problem else [example.prompt], sep="\n")
         for when, scores in ("before", before), ("after", after):
@@ -1141,10 +1144,9 @@ def run_job(job: bytes, seconds: float, processes: int) -> tuple[object, str]:
     if status or not reply:
         killed = "timeout" if os.WTERMSIG(status) == signal.SIGKILL else "killed"  # by a limit
         return None, killed if os.WIFSIGNALED(status) else "left early"
-    try:
+    with contextlib.suppress(ValueError, RecursionError):
         return parse_line(reply), ""
-    except (ValueError, RecursionError):
-        return None, said(None)
+    return None, said(None)
 
 
 def judge_layers() -> list[str]:
@@ -1178,15 +1180,13 @@ class Server:
             return
         self.control, theirs = socket.socketpair()
         self.control.settimeout(START_SECONDS)
-        try:
+        with reading("The judge", f"it must be able to start {sys.executable}"):
             with theirs:
                 self.process = subprocess.Popen(
                     [sys.executable, "-P", "-s", "-S", "-c", server_program()], cwd="/",
                     stdin=theirs, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                     env={"PYTHONHASHSEED": "0"}, start_new_session=True)
             self.layers = parse_line(self.run(line_of(["layers"]), START_SECONDS, 1)[0])
-        except (OSError, ValueError) as error:
-            raise UserError(f"The judge's server did not start: {error!r}.") from error
 
     def stop(self) -> None:
         """End the process and with it every candidate: it does that when its line is closed."""

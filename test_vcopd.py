@@ -1,12 +1,10 @@
 """Tests of VC-OPD in the order of the code: the method, running it, the tasks and their judge."""
 
 import ast
-import errno
 import functools
 import gzip
 import importlib.util
 import inspect
-import io
 import itertools
 import json
 import math
@@ -14,7 +12,6 @@ import os
 import queue
 import random
 import re
-import shlex
 import shutil
 import signal
 import socket
@@ -54,9 +51,8 @@ def letter_tokenizer():
     ids = {token: i for i, token in enumerate(VOCAB)}
     core = tokenizers.Tokenizer(tokenizers.models.BPE(ids, [("a", "b")], unk_token="<unk>"))
     core.decoder = tokenizers.decoders.Fuse()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="<eos>", pad_token="<pad>", bos_token="<bos>",
-        unk_token="<unk>")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", **{
+        f"{name}_token": f"<{name}>" for name in ("eos", "pad", "bos")})
 
 
 def tiny_model(kind: str = "llama", vocab: int = len(VOCAB)):
@@ -117,12 +113,6 @@ def prefix_logps(policy: vcopd.Policy, role: tuple, batch: vcopd.Batch, temperat
             ids.append(token)
         scores.append(score)
     return scores
-
-
-def student_terms(policy: vcopd.Policy, batch: vcopd.Batch, temperature: float) -> torch.Tensor:
-    """The shipped log-prob, KL and entropy of the student against the base: (3, B, T)."""
-    hidden = [vcopd.completion_hidden(policy, role, batch) for role in (policy.student, ())]
-    return vcopd.on_tokens(policy, vcopd.token_terms, temperature, batch, *hidden)
 
 
 def experience(advantage, logp_old, gap, mask=None) -> vcopd.Experience:
@@ -225,21 +215,15 @@ def readme_task() -> str:
 
 
 @functools.cache
-def all_tasks() -> dict:
-    """The built-in tasks, and the page's."""
-    exec(readme_task(), space := {})
-    return {**tasks.TASKS, "sort": space["sort_numbers"]}
-
-
-@functools.cache
 def built(name: str) -> tasks.Task:
-    """One of them, built once: code edits take seconds."""
-    return all_tasks()[name]()
+    """A built-in task, or the page's, built once: code edits take seconds."""
+    exec(readme_task(), space := {})
+    return {**tasks.TASKS, "sort": space["sort_numbers"]}[name]()
 
 
 def test_equations_deviations_and_requirements_stand_once_in_the_code_and_once_on_the_page():
     """Who searches for `Eq. 5` lands on the line that *is* the equation; uv and pip agree."""
-    tokens = tokenize.generate_tokens(io.StringIO(CODE).readline)
+    tokens = tokenize.generate_tokens(iter(CODE.splitlines(True)).__next__)
     comments = [token.string for token in tokens if token.type == tokenize.COMMENT]
     for text in ("\n".join(comments), README):
         assert sorted(map(int, re.findall(r"# Eq\. (\d+)\b", text))) == list(range(1, 13))
@@ -259,7 +243,7 @@ def test_every_command_of_the_readme_is_accepted(line, tmp_path, monkeypatch):
     Path("RUN").mkdir()
     Path("RUN/config.json").write_text(json.dumps(asdict(vcopd.Config())), "utf-8")
     words = {"N": "1"}  # a placeholder
-    arguments = [words.get(word, word) for word in shlex.split(line)]
+    arguments = [words.get(word, word) for word in line.split()]
     if "--plot" in arguments:
         assert vars(vcopd.build_parser().parse_args(arguments))["plot"]
         return
@@ -641,7 +625,9 @@ def test_nothing_under_the_mask_can_poison_the_loss_and_no_gap_may_be_missing(po
     """NaN * 0 is NaN: a masked value must be left out, not multiplied away. And a log-prob that is
     missing is not 0.0: that would say the teacher was certain."""
     policy, batch = tiny_policy(moved=0.2), ragged_batch()
-    terms = torch.where(batch.mask, student_terms(policy, batch, 0.8), poison)
+    hidden = [vcopd.completion_hidden(policy, role, batch) for role in (policy.student, ())]
+    terms = vcopd.on_tokens(policy, vcopd.token_terms, 0.8, batch, *hidden)
+    terms = torch.where(batch.mask, terms, poison)
     gap = torch.where(batch.mask, 0.1, poison)
     part = experience([1.0, -1.0, 0.5, 2.0], terms[0].detach(), gap, batch.mask)
     loss, info = vcopd.vcopd_loss(terms, part, 0.1, 14, TOY)
@@ -1212,7 +1198,7 @@ def one_error(capsys) -> str:
     return line
 
 
-FULL_DISK = OSError(errno.ENOSPC, "no space")
+FULL_DISK = OSError(28, "no space")
 KNOBS = "out of memory: lower --micro-tokens, with which a run may --resume"
 
 
@@ -1266,7 +1252,10 @@ def test_a_finished_run_is_kept_and_can_be_prolonged(base, whole, done, tmp_path
         assert run(options(base, done, *other)) == 2
         assert f"other options ({other[0]}): give another --out" in one_error(capsys)
     assert results(done) == results(whole["vcopd"])
+    saved = torch.load(state := done / "checkpoint/state.pt", weights_only=True)
+    torch.save({**saved, "seconds": 1000.0}, state)
     assert run(options(base, done, "--steps", "8")) == 0
+    assert 1000 < read(done / "report.json")["seconds"] < 1100  # of both processes
     assert run(options(base, tmp_path / "straight", "--steps", "8")) == 0
     assert results(done) == results(tmp_path / "straight")
 
@@ -1411,9 +1400,9 @@ def test_each_number_of_a_report_is_of_the_right_role_and_prompts(role, toy, mon
     ("extra edits not up", {"excess_edit": 0.101})])
 def test_a_run_has_improved_if_every_condition_of_the_essay_holds(broken, change):
     """Each just holds, and is then broken alone. What cannot be tested neither holds nor fails."""
-    def scores(passes, old, excess_edit, asked=(1,), **others) -> dict:
+    def scores(passes, old, excess_edit, **others) -> dict:
         return {"in_domain": {"passes": passes, "pass@1": 0.5, "excess_edit": excess_edit},
-                "general": {"old": old, "passes": {"old": asked}}, **others}
+                "general": {} if old is None else {"old": old}, **others}
 
     before = scores([0] * 100, 0.9, 0.1, entropy=2.0, entropy_anchors=1.0)
     after = {"passes": [1] * 9 + [0] * 91, "old": 0.881, "excess_edit": 0.1, "kl_to_base": 0.05,
@@ -1421,8 +1410,8 @@ def test_a_run_has_improved_if_every_condition_of_the_essay_holds(broken, change
     verdict = vcopd.judge_run(before, scores(**after), vcopd.Config(kl_budget=0.05))
     assert verdict["improved"] is (not broken)
     assert "".join(n for n, c in verdict["conditions"].items() if not c["holds"]) == broken
-    nothing = scores([0] * 100, 0.0, None, (), entropy=2.0, entropy_anchors=0.0)
-    held = vcopd.judge_run(nothing, scores(**after | {"old": 0.0}), vcopd.Config(kl_budget=0.05))
+    nothing = scores([0] * 100, None, None, entropy=2.0, entropy_anchors=0.0)
+    held = vcopd.judge_run(nothing, scores(**after | {"old": None}), vcopd.Config(kl_budget=0.05))
     assert [name for name, condition in held["conditions"].items() if condition["holds"] is None
             ] == ["general benchmark kept", "extra edits not up"]
 
@@ -1462,7 +1451,7 @@ def test_old_skills_are_counted_by_kind_and_by_the_chance_of_the_reference(toy, 
     assert kept.pop("chance") == pytest.approx(sum(chances) / 3, rel=1e-3)
     assert kept == {"old": 2 / 3, "replayed": 1.0, "a": 1.0, "unreplayed": 0.5, "x": 0.5,
                     "passes": {"old": [1.0, 0.0, 1.0], "replayed": [1.0], "unreplayed": [0.0, 1.0]}}
-    assert vcopd.old_skills(policy, (), toy, [], TOY)["old"] == 0.0
+    assert vcopd.old_skills(policy, (), toy, [], TOY) == {"passes": {}}
 
 
 def test_a_comparison_treats_all_methods_alike(small, base, tmp_path, capsys, monkeypatch):
@@ -1579,7 +1568,7 @@ def test_no_option_takes_a_value_out_of_its_range(capsys):
     ("--inspect --bench", "not allowed with"),
     ("--compare --teacher none", "need a teacher"), ("--eval-only --steps 3", "contradicts --e"),
     ("--method opd --teacher none", "need a teacher"), ("--method rl --rollouts 1", "--rollouts 1"),
-    ("--teacher none --rollouts 1", "--rollouts 1"), ("RUN --data x", "x cannot be read"),
+    ("--teacher none --rollouts 1", "--rollouts 1"), ("RUN --data x", "x cannot be used"),
     ("RUN --out DIR/text", "DIR/text"), ("RUN --out DIR/text/run", "DIR/text/run"),
     ("RUN --out DIR/odd", "DIR/odd"), ("RUN --model DIR/run", "give DIR/run/adapter"),
     ("RUN --model no/model", "no/model cannot be used (Cannot reach https://huggingface.co"),
@@ -2024,7 +2013,6 @@ HELPERS = "def near(x, y): return abs(x - y) < 1\ndef check(c):\n    assert near
 REDEFINED = ("0\ndef abs(x): return 0\ndef near(x, y): return True\ndef check(c): pass\n"
              "def __builtins__(): pass\ndef AssertionError(): pass")
 
-
 REASONS = [
     ("", "error: no function f"), ("def g(a, b):\n    return a + b\n", "error: no function f"),
     ("f = 5\n", "error: no function f"), ("def f(a, b:\n", "error: syntax error"),
@@ -2106,7 +2094,7 @@ def test_a_judge_that_cannot_start_or_lock_up_is_an_error_not_a_reward(
     monkeypatch.setattr(tasks, "server_program", lambda: blind if program is None else program)
     monkeypatch.setattr(tasks, "START_SECONDS", 0.2 if program is not None else 30)
     monkeypatch.setattr(tasks, "UNSAFE_JUDGE", False)
-    with pytest.raises(tasks.UserError, match="unsafe-judge" if program is None else "not start"):
+    with pytest.raises(tasks.UserError, match="unsafe-judge" if program is None else "to start"):
         tasks.run_tests(HONEST, "f", ADDITION)
     if program is None:
         monkeypatch.setattr(vcopd, "run", lambda *_: tasks.run_tests(HONEST, "f", ADDITION))
@@ -2489,7 +2477,6 @@ MALFORMED = [
     FIXED + "\n    # x" * 4000, f"def total(a, b):\n    return {'-' * 9000}1",
     f"<answer><answer>{FIXED}</answer></answer>"]
 
-
 HIDING = [  # ways to run a program in a string: there neither lines nor complexity are seen
     "exec('r = 1')", "eval('1')", "run = exec", "\uff45\uff58\uff45\uff43('r = 1')",
     "match total:\n        case object(__builtins__=b): pass", "from math import __loader__",
@@ -2647,13 +2634,14 @@ load_sums = functools.partial(tasks.load_rows, tasks.sum_from_row, tasks.verify_
 TEST = {"args": [], "expected": 1}
 BAD_ROWS = [
     (b'{"id": "p2", "buggy": ', "expected a JSON object in UTF-8"), (b"{} {}", "Extra data"),
-    (b"[]", "expected a JSON object, got []"), (b"null", "got None"), (b'"row"', "got 'row'"),
+    (b"[]", "expected a JSON object in UTF-8: 'list'"), (b"null", "None"), (b'"row"', "'str'"),
     (b'{"expected": -Infinity}', "Infinity"), (b"[" * 100_000, "expected a JSON object"),
     (b'{"id": ' + b"9" * 5000 + b"}", "expected a JSON object"), (b"\x00\x01", "expected a JSON"),
     (gzip.compress(b"{}", mtime=0), "UTF-8"), (b"\xef\xbb\xbf{}", "BOM"),
     *((own(name), f'"{name}" must be text without NUL')
-      for name in ("id", "buggy", "reference", "entry_point")),
-    (own("tests"), "got neither"), (own(test_code="x"), "got both"),
+      for name in ("buggy", "reference", "entry_point")),
+    (own("tests"), "expected either"), (own(test_code="x"), "either the field"),
+    (own("buggy"), "got no such field"), (own(buggy=None), "got None"),
     (own(id=7), '"id" must be text without'), (own(id=" "), '"id" must be text'),
     (OWN, 'id "p1" must be unique, line 1 has it'), (own(id="\ud800"), '"id" must be text without'),
     (own(buggy=BUGGY + "\0"), '"buggy" must be text without NUL'),
@@ -2679,14 +2667,12 @@ BAD_ROWS = [
     (own("tests", id="p9", test_code="import numpy\ndef check(f):\n    assert 1\n"),
      'must pass its tests, got "error: ModuleNotFoundError"')]
 
-
 BAD_PROGRAMS = [
     (raw("prompt"), '"prompt" must be text'), (raw(entry_point="g"), "function g"),
     (raw(prompt="def f(x):\n"), '"prompt" must hold'), (OWN, '"prompt" must be text'),
     (raw(canonical_solution="  return 1"), '"canonical_solution" must hold the source'),
     (raw(task_id=3), '"task_id" must be text'),
     (raw(canonical_solution="    return x"), 'id "P/0": its reference must pass')]
-
 
 BAD_SUMS = [
     ({"prompt": "x"}, '"answer" must be text'), ({"answer": "1"}, '"prompt" must be text'),
@@ -2970,31 +2956,45 @@ def test_anchors_of_a_file_are_replayed_and_judged_by_their_words(base, small, t
     assert looks and all(look["eval_old"] == look["eval_replayed"] for look in looks)
 
 
+VERIFIER = "from tasks import *\ndef a() -> Task:\n    return Task('a', lambda e, answer: {})\n"
+
+
 @pytest.mark.parametrize(("program", "says"), [
     (None, "No such file"), ("x = 1", "not enough values"), ("def f(:", "invalid syntax"),
-    ("1 / 0", "ZeroDivisionError"), ("def a() -> 'Task': pass", "TypeError"),
+    ("1 / 0", "ZeroDivisionError"), ("def a() -> 'Task': pass", "'verify'"),
     ("def a() -> 'Task': pass\ndef b() -> 'Task': pass", "too many values"),
-    ("from tasks import *\n\ndef a() -> Task:\n    raise KeyError(7)", "KeyError(7)")])
+    ("from tasks import *\n\ndef a() -> Task:\n    raise KeyError(7)", "KeyError(7)"),
+    (VERIFIER.format("1 / 0"), "The verifier, of 'yes' to problems/2, cannot be used (ZeroDivis"),
+    (VERIFIER.format("None"), "it must give a Verdict"),
+    (VERIFIER.format("Verdict(math.nan, True, True, 'ok', {})"), "a verdict cannot be"),
+    (VERIFIER.format("Verdict(1.0, True, False, 'ok', {})"), "must pass its tests")])
 def test_a_task_file_that_does_not_work_is_one_sentence(program, says, tmp_path, capsys):
     """It names the file, the cause, and what is expected."""
-    path = tmp_path / "own.py"
+    path, rows = tmp_path / "own.py", written(tmp_path, b"", {"prompt": "x", "answer": "yes"})
     if program is not None:
         path.write_text(program)
-    assert run(["--task", str(path), "--out", str(tmp_path / "run")]) == 2
-    told = one_error(capsys)
-    assert f"--task {path}" in told and says in told and "`-> Task`" in told
+    assert run(["--task", str(path), "--data", rows, "--out", str(tmp_path / "run")]) == 2
+    place = "problems" if "lambda" in str(program) else f"--task {path} cannot be used"
+    assert says in (told := one_error(capsys)) and place in told
 
 
-def test_an_own_task_needs_a_corpus_only_for_tiny(base, small, tmp_path, capsys, monkeypatch):
-    """It may import its neighbours; a real model brings its own pretraining."""
+def test_an_own_verifier_and_rows_are_enough(base, tmp_path, capsys, monkeypatch):
+    """Its file may import its neighbours; a real model brings its own pretraining. Anchors with
+    answers tell whether old skills are kept."""
     monkeypatch.chdir(tmp_path)
-    Path("beside_it.py").write_text("ANSWER = 'yes'")
+    Path("beside_it.py").write_text("NAME = 'own'")
     Path("own.py").write_text(
-        "from __future__ import annotations\nfrom tasks import *\nfrom beside_it import ANSWER\n"
-        "def make() -> Task:\n"
-        "    rows = [Example(str(i), f'{i}?', ANSWER, '') for i in range(4)]\n"
-        "    judge = lambda e, a: Verdict(1.0, True, True, 'ok', {})\n"
-        "    return Task('own', judge, rows, {'in_domain': rows}, [], [], (rows, []))\n")
-    assert run(options(base, tmp_path / "run", "--task", "own.py")) == 0
+        "from __future__ import annotations\nfrom tasks import *\nfrom beside_it import NAME\n"
+        "def verify(example, answer):\n    passed = answer == example.reference\n"
+        "    return Verdict(1.0 * passed, passed, True, 'ok' if passed else 'no', {})\n"
+        "def make() -> Task:\n    return Task(NAME, verify)\n")
+    path = written(tmp_path, {"prompt": "1?", "answer": "a"}, {"prompt": "2?", "answer": "a" * 99})
+    own = ["--task", "own.py", "--data", path, "--eval-data", path]
+    assert run(options(base, "none", *own[:4])) == 2 and "give --data and" in one_error(capsys)
+    assert run(own) == 2 and "Task.corpus" in one_error(capsys)
+    for more, kept in (([], "n/a general"), (["--anchors", path], "yes general")):
+        assert run(options(base, f"run{len(more)}", *own, *more)) == 0
+        told = capsys.readouterr().out
+        same = " ".join([*own[:2], "--model", str(base), *own[2:], *more, "--compare"])
+        assert kept in told and same in told and "1 of 2 references need --max-new-tokens 1" in told
     assert vcopd.read_config(["--task", "own.py"]).out == "runs/own-vcopd-s0"
-    assert run(["--task", "own.py"]) == 2 and "Task.corpus" in one_error(capsys)

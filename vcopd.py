@@ -275,6 +275,7 @@ class State:
     """What a checkpoint holds besides the adapters' weights."""
     optimizer: torch.optim.Optimizer
     kl_coef: float
+    began: float = 0.0  # when the run would have begun, had it never stopped
     step: int = 0
     replay: Batch | None = None
     before: dict = field(default_factory=dict)  # scores before training, to compare with
@@ -940,7 +941,7 @@ def build_tiny(task: tasks.Task) -> str:
     if folder.exists():
         return str(folder)
     print(f"Building the model tiny for {task.name}: a few minutes, once.", flush=True)
-    with reading(cache, "it has to hold the model tiny: name another folder in XDG_CACHE_HOME"):
+    with tasks.reading(cache, "it will hold the model tiny: name another folder in XDG_CACHE_HOME"):
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache, ignore_cleanup_errors=True) as aside:
             documents += [tasks.web_document(task, rng) for _ in range(500, recipe["documents"])]
@@ -1012,8 +1013,8 @@ def load_policy(cfg: Config, task: tasks.Task | None) -> Policy:
 
 def load_frozen(name: str, cfg: Config) -> Policy:
     """A causal LM and its tokenizer: frozen, wrapped in LoRA and checked. Raises RunError."""
-    with reading(name, "delete it, and it is built again" if "/vcopd/tiny-" in name else
-                 f"give a model that is whole, reachable and works on --device {cfg.device}"):
+    with tasks.reading(name, "delete it, and it is built again" if "/vcopd/tiny-" in name else
+                       f"give a folder or hub id in reach that works on --device {cfg.device}"):
         fastest = torch.accelerator.current_accelerator(check_available=True) or "cpu"
         device = torch.empty(0, device=fastest if cfg.device == "auto" else cfg.device).device
         bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -1095,13 +1096,13 @@ def adapter_base(name: str) -> str:
     found = Path(name, "adapter_config.json")
     if Path(name, "adapter", found.name).exists():
         raise RunError(f"{name} is the folder of a run: give {name}/adapter")
-    with reading(found, "give the whole folder of a plain LoRA adapter of PEFT"):
+    with tasks.reading(found, "give the whole folder of a plain LoRA adapter of PEFT"):
         return json.loads(found.read_bytes())["base_model_name_or_path"] if found.exists() else ""
 
 
 def load_adapter(model: nn.Module, name: str, folder: Path) -> Role:
     """A plain LoRA of PEFT as a frozen adapter, filled up with zeros; its Role. Raises RunError."""
-    with reading(folder, "give the whole folder of a plain LoRA adapter of this very model"):
+    with tasks.reading(folder, "give the whole folder of a plain LoRA adapter of this very model"):
         config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
         for key in ("alpha_pattern", "use_qalora", "arrow_config", "init_lora_weights"):
             if config.get(key) not in (None, True, False, {}, "gaussian", "eva"):
@@ -1152,7 +1153,7 @@ def answer(policy: Policy, role: Role, examples: list, k: int, temperature: floa
     cfg, size = replace(cfg, temperature=temperature, top_p=1.0), max(1, 256 // k)
     prompts = [policy.encode(e.prompt) for e in examples]
     batches = [rollouts(policy, role, prompts[i:i + size], k, cfg, seeded("evaluation", i))
-               for i in range(0, len(prompts), size)]
+               for i in progress(range(0, len(prompts), size), f"answering {len(prompts)} prompts")]
     texts = [text for batch in batches for text in policy.decode(batch)]
     return batches, texts, verify_all(verify, examples, texts) if verify else []
 
@@ -1161,7 +1162,7 @@ def look(policy: Policy, task: tasks.Task, cfg: Config) -> dict[str, float]:
     """The student on a few validation problems: what steers a run sees no problem of the report."""
     new, old = task.validation[0][:min(LOOK, cfg.eval_problems)], task.validation[1]
     found = answer(policy, policy.student, new, 1, 0.0, cfg, task.verify)[2]
-    kept = old_skills(policy, policy.student, task, old, cfg) if old else {}
+    kept = old_skills(policy, policy.student, task, old, cfg)
     scores = {"pass": mean(v.passed for v in found), "reward": mean(v.reward for v in found),
               "format": mean(v.formatted for v in found), **{k: kept[k] for k in OLD if k in kept}}
     for name, p, q in (("kl", policy.student, BASE), ("kl_from_base", BASE, policy.student)):
@@ -1173,8 +1174,10 @@ def look(policy: Policy, task: tasks.Task, cfg: Config) -> dict[str, float]:
 @torch.no_grad()
 def old_skills(policy: Policy, role: Role, task: tasks.Task, problems: list, cfg: Config) -> dict:
     """Shares of old problems that are still solved, by skill and by whether an anchor guards it."""
+    if not problems:
+        return {"passes": {}}
     verdicts = answer(policy, role, problems, 1, 0.0, cfg, tasks.verify_skill)[2]
-    parts = micro_batches(policy, solution_batch(policy, problems)) if problems else []
+    parts = micro_batches(policy, solution_batch(policy, problems))
     chance = mean(p for _, part in parts  # of the very references: moves before greedy answers do
                   for p in log_probs(policy, role, part, 1.0).sum(1).exp().tolist())
     rewards, anchored = [v.reward for v in verdicts], {anchor.skill for anchor in task.anchors}
@@ -1239,15 +1242,15 @@ def judge_run(before: dict, after: dict, cfg: Config) -> dict:
     """Improved only if every condition of the essay holds. Each shows its numbers."""
     old, new, kl = before["in_domain"], after["in_domain"], after["kl_to_base"]
     low, high = paired_bootstrap(old["passes"], new["passes"])
-    was, now = before["general"]["old"], after["general"]["old"]
+    was, now = (scores["general"].get("old") for scores in (before, after))
     edits = [scores.get("excess_edit") for scores in (old, new)]  # None: nothing passes or is code
     on_task, on_anchors = (after[name] / (before[name] or math.nan)
                            for name in ("entropy", "entropy_anchors"))
     found = {  # holds, None where that cannot be tested; numbers
         "pass rate up": (low > 0, f"{old['pass@1']:.3f} -> {new['pass@1']:.3f}, 95 % interval of "
                                   f"the change [{low:+.3f}, {high:+.3f}]"),
-        "general benchmark kept": (now + 0.02 >= was if before["general"]["passes"]["old"] else
-                                   None, f"{was:.3f} -> {now:.3f}, may fall by 0.02"),
+        "general benchmark kept": (None, "none to compare") if was is None else (
+            now + 0.02 >= was, f"{was:.3f} -> {now:.3f}, may fall by 0.02"),
         "KL within budget": (kl <= cfg.kl_budget, f"{kl:.4f} of {cfg.kl_budget} nats/token"),
         "entropy kept": (not (on_task < 0.3 or on_anchors < 0.8), f"x{on_task:.2f} on task (>= 0.3)"
                          f", x{on_anchors:.2f} on anchors (>= 0.8)".replace("xnan", "untested")),
@@ -1258,16 +1261,6 @@ def judge_run(before: dict, after: dict, cfg: Config) -> dict:
 
 
 # A whole run, its folder, and what the terminal shows of it ==================================
-
-@contextlib.contextmanager
-def reading(path: Path | str, advice: str):
-    """Where something is missing, damaged or foreign, raise RunError instead of what it raises."""
-    try:
-        yield
-    except Exception as error:  # of any kind, where a file is damaged
-        why = (str(error) or repr(error)).splitlines()[0].rstrip(".")
-        raise RunError(f"{path} cannot be used ({why}): {advice}") from None
-
 
 def write_atomic(path: Path, value) -> None:
     """Bytes, or else JSON: the old file or the new one, never half of it, if the disk is full."""
@@ -1286,7 +1279,7 @@ def write_atomic(path: Path, value) -> None:
 
 def read_json(path: Path):
     """The JSON in a file; of a .jsonl file, the list of its objects. Raises RunError."""
-    with reading(path, "give a whole run, or delete this one: it is made again"):
+    with tasks.reading(path, "give a whole run, or delete this one: it is made again"):
         text = path.read_text("utf-8")
         return json.loads(f"[{','.join(text.splitlines())}]" if path.suffix == ".jsonl" else text)
 
@@ -1295,6 +1288,7 @@ def save_checkpoint(folder: Path, policy: Policy, state: State) -> None:
     """All that training changes, and how long the .jsonl files are. Generators have no state."""
     weights, buffer = policy.model.state_dict(), io.BytesIO()
     torch.save({**vars(state), "replay": state.replay and vars(state.replay),
+                "seconds": time.perf_counter() - state.began,
                 "optimizer": state.optimizer.state_dict(), "reference": policy.reference,
                 "adapters": {name: w for name, w in weights.items() if ".lora_" in name},
                 "sizes": {p.name: p.stat().st_size for p in folder.parent.glob("*.jsonl")}}, buffer)
@@ -1303,7 +1297,7 @@ def save_checkpoint(folder: Path, policy: Policy, state: State) -> None:
 
 def load_checkpoint(folder: Path, policy: Policy, state: State, cfg: Config) -> None:
     """Put back the saved state, and the .jsonl files as they were then. Raises RunError."""
-    with reading(folder, "resume with what the run was started with, or start a new one"):
+    with tasks.reading(folder, "resume with what the run was started with, or start a new one"):
         saved = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         if saved["data"] != state.data:
             raise ValueError("its data, or its task, have changed")
@@ -1315,6 +1309,7 @@ def load_checkpoint(folder: Path, policy: Policy, state: State, cfg: Config) -> 
             raise ValueError(f"other adapters: {other[0]}")
         state.optimizer.load_state_dict(saved["optimizer"])
         state.step, state.kl_coef, state.before = (saved[n] for n in ("step", "kl_coef", "before"))
+        state.began -= saved["seconds"]
         state.replay = saved["replay"] and Batch(saved["replay"]["contexts"], *(
             saved["replay"][name].to(policy.device) for name in ("completion", "mask")))
         for name, size in saved["sizes"].items():
@@ -1380,13 +1375,13 @@ def environment(policy: Policy) -> dict:
 
 def run(cfg: Config, task: tasks.Task) -> dict:
     """One whole run, or one evaluation, in the folder `cfg.out`; its report. Raises RunError."""
-    started, out = time.perf_counter(), Path(cfg.out)
+    began, out = time.perf_counter(), Path(cfg.out)
     policy = load_policy(cfg, task)
     limit = min(policy.positions, policy.teacher[0].positions) - cfg.max_new_tokens
     task = tasks.fitting(task, limit, lambda x: len(policy.encode(x)), cfg.skip_bad_rows)
     optimizer = None if cfg.eval_only else adapter_optimizer(policy.model, "policy", cfg.lr)
     data = hashlib.sha256(repr((task.train, task.evals, task.anchors, task.benchmark)).encode())
-    state, facts = State(optimizer, cfg.kl_coef, data=data.hexdigest()), environment(policy)
+    state, facts = State(optimizer, cfg.kl_coef, began, data=data.hexdigest()), environment(policy)
     print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
     if resumed := all((out / name).exists() for name in ("config.json", "checkpoint/state.pt")):
         load_checkpoint(out / "checkpoint", policy, state, cfg)
@@ -1402,7 +1397,7 @@ def run(cfg: Config, task: tasks.Task) -> dict:
         report = learn(policy, task, state, resumed, cfg)
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 ** (sys.platform != "darwin")
     peak = (torch.cuda.max_memory_allocated() if policy.device.type == "cuda" else used) / 2**30
-    report |= {"seconds": time.perf_counter() - started, "peak_gib": peak, "environment": facts}
+    report |= {"seconds": time.perf_counter() - state.began, "peak_gib": peak, "environment": facts}
     write_atomic(out / "report.json", report)
     print(f"\n{report['seconds']:.0f} s, peak memory {peak:.2f} GiB", flush=True)
     return report
@@ -1429,6 +1424,9 @@ def learn(policy: Policy, task: tasks.Task, state: State, resumed: bool, cfg: Co
     if not resumed:
         if cfg.model != "tiny" and not cfg.anchors and cfg.replay_share > 0 and task.anchors:
             print("Replay takes the task's prompts: --anchors FILE says what this model shall keep")
+        sizes = solution_batch(policy, task.train[:1000]).mask.sum(1)
+        if longer := int((sizes > cfg.max_new_tokens).sum()):
+            print(f"{longer} of {len(sizes)} references need --max-new-tokens {sizes.max()}")
         seen = look(policy, task, cfg)
         log_step(out, {"step": 0, **seen}, [], 0.0)
         if over_ranks(rate := seen["eval_format"]) / over_ranks(1) < cfg.format_threshold:
@@ -1612,11 +1610,11 @@ def ask(cfg: Config, policy: Policy, task: tasks.Task) -> None:
 
 def plot(folders: list[str]) -> None:
     """Draw one run or comparison in its plot.png, several runs in that of the current folder."""
-    with reading("--plot", "pip install matplotlib"):
+    with tasks.reading("--plot", "pip install matplotlib"):
         from matplotlib.figure import Figure  # draws by Agg: pyplot would look for a screen
     figure, table = Figure((14, 8), layout="constrained"), Path(folders[0], "table.json")
     panels = list(figure.subplots(2, 3).flat)
-    with reading(" ".join(folders), "--plot takes the folders of runs, or that of one comparison"):
+    with tasks.reading(" ".join(folders), "--plot takes folders of runs, or that of a comparison"):
         if table.exists():
             draw_frontiers(panels, read_json(table)["looks"])
         for i, folder in enumerate(folders if not table.exists() else ()):
@@ -1675,8 +1673,10 @@ def main(cfg: Config, plotted: list[str] | None = None) -> int:
                     tasks.load_task(cfg))
         else:
             run_or_load(cfg, tasks.load_task(cfg))
+            same = [f"{flag(name)} {getattr(cfg, name)}" for name in (
+                "task", "model", "data", "eval_data", "anchors", "benchmark") if getattr(cfg, name)]
             print(f"\nResults are in {cfg.out}: read report.json there, or compare methods with\n"
-                  f"python vcopd.py --task {cfg.task} --model {cfg.model} --compare")
+                  f"python vcopd.py {' '.join(same)} --compare")
         return 0
     except KeyboardInterrupt:
         print("\nInterrupted. To go on, give the same command again.")
