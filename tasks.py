@@ -55,9 +55,8 @@ def reading(what: Path | str, advice: str):
     """Where something is missing, damaged or foreign, raise UserError instead of what it raises."""
     try:
         yield
-    except Exception as error:  # of any kind: it may come from a library, or a user's program
-        plain = isinstance(error, ValueError | OSError | ImportError | UserError) and str(error)
-        why = (plain or repr(error)).splitlines()[0].rstrip(".")
+    except (Exception, SystemExit) as error:  # of any kind: a user's program may raise it, too
+        why = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
         raise UserError(f"{what} cannot be used ({why}): {advice}") from None
 
 
@@ -89,7 +88,8 @@ class Verdict:
     metrics: dict[str, float]     # of a code edit in the right format; else empty
 
     def __post_init__(self):
-        if self.passed is not (self.reason == "ok") or not math.isfinite(self.reward):
+        consistent = isinstance(self.reason, str) and self.passed is (self.reason == "ok")
+        if not (consistent and isinstance(self.reward, int | float) and math.isfinite(self.reward)):
             raise ValueError(f"a verdict cannot be {self}")
 
 
@@ -891,7 +891,7 @@ def load_rows(build: Callable, verify: Callable, path: str, skip: bool = False) 
             if (first := places.setdefault(example.id, number)) != number:
                 raise ValueError(f'id "{example.id}" must be unique, line {first} has it')
             examples.append(example)
-        except ValueError as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:  # of an own reader
             faults.append(f"{path} line {number}: {error}")
     if skip:
         print(f"{path}: {len(examples)} rows work, {len(faults)} do not", *faults, sep="\n    ")
@@ -914,7 +914,8 @@ def read_row(name: str, line: bytes, build: Callable, verify: Callable) -> Examp
             raise ValueError(f'field "{key}" must hold the source of the function, got {why}')
     row_name, right = f'id "{example.id}"', verify(example, example.reference)
     if not (right.passed and right.formatted):
-        raise ValueError(f'{row_name}: its reference must pass its tests, got "{right.reason}"')
+        raise ValueError(f'{row_name}: its reference must pass its tests, got "{right.reason}"'
+                         f", formatted {right.formatted}")
     if sources and verify(example, example.buggy).passed:
         raise ValueError(f"{row_name}: its buggy function must fail a test, but passes them all")
     return example
@@ -988,7 +989,7 @@ load_edits = partial(load_rows, edit_from_row, verify_edit)
 def verdict_of(verify: Callable, example: Example, completion: str) -> Verdict:
     """What a verifier of the user's says. UserError if it raises, or gives no Verdict."""
     with reading(f"The verifier, of {completion!a:.80} to {example.id},", "it must give a Verdict"):
-        return replace(verify(example, completion))  # raises unless it does
+        return Verdict(**vars(verify(example, completion)))  # raises unless it does
 
 
 def own_task(path: str) -> Task:
@@ -1013,16 +1014,15 @@ def load_task(cfg) -> Task:
             (anchor_from_row, verify_skill, cfg.anchors, task.anchors),
             (program_from_row, verify_program, cfg.benchmark, task.benchmark)))
     if not cfg.ask and not (test and (train or cfg.eval_only)):
-        raise UserError(f"--task {cfg.task} has no problems: give --data and --eval-data")
-    known = [anchor for anchor in anchors if anchor.reference]
-    old = known[::math.ceil(len(known) / 64) or 1] if cfg.anchors else task.validation[1]
-    benchmark = benchmark or known
+        raise UserError(f"--task {cfg.task} lacks train or in_domain: give --data and --eval-data")
+    known = [a for a in anchors[::math.ceil(len(anchors) / 64) or 1] if a.reference]
+    old = known if cfg.anchors else task.validation[1]
     stride = math.ceil(len(benchmark) / cfg.eval_problems) or 1  # some of every skill
     splits = {"in_domain": test} if cfg.eval_data else task.evals
-    rest = test[cfg.eval_problems:] if cfg.eval_data else ()  # no look sees what is reported
+    looks = cfg.eval_data and test[cfg.eval_problems:]  # they see no problem of the report
     return replace(task, train=train, anchors=anchors, benchmark=benchmark[::stride],
-                   validation=(rest or task.validation[0] or train, old), evals={
-                       name: rows[:cfg.eval_problems] for name, rows in splits.items()})
+                   evals={name: rows[:cfg.eval_problems] for name, rows in splits.items()},
+                   validation=(looks or task.validation[0] or train, old))
 
 
 def fitting(task: Task, limit: float, length: Callable[[str], int], skip: bool) -> Task:
@@ -1038,17 +1038,17 @@ def fitting(task: Task, limit: float, length: Callable[[str], int], skip: bool) 
         return kept
 
     return replace(task, **{n: keep(getattr(task, n)) for n in ("train", "anchors", "benchmark")},
-                   validation=(keep(task.validation[0]), task.validation[1]),
+                   validation=tuple(map(keep, task.validation)),
                    evals={name: keep(examples) for name, examples in task.evals.items()})
 
 
 def show_learnt(before: dict, after: dict, examples: list[Example]) -> None:
     """Print a problem that only `after` solves, and one that `before` solved by changing more."""
-    excess = {i: edit_metrics(before["answers"][i], example.buggy, example.reference)["nel"]
-              for i, example in enumerate(examples) if after["passes"][i]}
-    new, kept = ([i for i in sorted(excess, key=excess.get) if before["passes"][i] == passed]
-                 for passed in (0, 1))
-    for i in dict.fromkeys(new[:1] + ([i for i in kept if excess[i] > 0] or new)[-1:]):
+    more, less = ([edit_metrics(text, e.buggy, e.reference)["nel"] if e.buggy else 0.0 for e, text
+                   in zip(examples, scores["answers"], strict=True)] for scores in (before, after))
+    new = [i for i, passed in enumerate(after["passes"]) if passed > before["passes"][i]]
+    kept = [i for i, p in enumerate(before["passes"]) if p * after["passes"][i] * more[i] > less[i]]
+    for i in [*new[:1], *(sorted(kept, key=lambda i: less[i] - more[i])[:1] or new[1:2])]:
         example, problem = examples[i], examples[i].buggy.splitlines()
         print("", f"Held-out problem {example.id}", *[] if problem else [example.prompt], sep="\n")
         for when, scores in ("before", before), ("after", after):

@@ -1194,7 +1194,7 @@ def refused(capsys, folder: Path, arguments: list[str], damages: dict[str, list]
 def one_error(capsys) -> str:
     """The only line on the error stream besides progress bars; it is no traceback."""
     [line] = [line for line in capsys.readouterr().err.splitlines() if line and "%|" not in line]
-    assert line.startswith("vcopd.py: ") and "Traceback" not in line
+    assert line.startswith("vcopd.py: ") and "Traceback" not in line and len(line) < 700
     return line
 
 
@@ -1204,7 +1204,7 @@ KNOBS = "out of memory: lower --micro-tokens, with which a run may --resume"
 
 # The writes of a run: config and checkpoint 0; metrics and samples of each step, and a checkpoint
 # of every second one; adapter, its config, and the report.
-@pytest.mark.parametrize("method, where, nth, trouble, says, killed", [
+@pytest.mark.parametrize("method, where, nth, error, says, killed", [
     *(("vcopd", "open", nth, FULL_DISK, "no space", killed) for nth, killed in (
         (1, 2), (2, 1), (3, 3), (5, 4), (14, 5), (17, 4), (18, 2))),
     *(("vcopd", where, nth, CTRL_C, "same command again", 0) for where, nth in (
@@ -1218,16 +1218,15 @@ KNOBS = "out of memory: lower --micro-tokens, with which a run may --resume"
     ("vcopd", "score", 3, [signal.SIGTERM], "same command again", 4),
     ("vcopd", "score", 3, CTRL_C * 2, "same command again", 3)])
 def test_whatever_stops_a_run_anywhere_it_goes_on_to_the_same_end(
-        method, where, nth, trouble, says, killed, base, whole, small, tmp_path, monkeypatch,
-        capsys):
+        method, where, nth, error, says, killed, base, whole, small, tmp_path, monkeypatch, capsys):
     """One sentence if disk or memory is full or a loss not finite. Ctrl-C acts after the step, or
     at once when pressed twice: large models take minutes. SIGKILL may come in the continuation."""
     out, handler, more = tmp_path / "run", signal.default_int_handler, ("--method", method)
-    signals = trouble if type(trouble) is list else []
+    signals = error if type(error) is list else []
     monkeypatch.setattr(vcopd, "open", open, raising=False)  # whatever is written goes through it
     signal.signal(signal.SIGINT, handler)  # in the background of a shell it would be ignored
     with monkeypatch.context() as patch:
-        patch.setattr(vcopd, where, disturbed(vcopd, where, nth, trouble))
+        patch.setattr(vcopd, where, disturbed(vcopd, where, nth, error))
         assert run(options(base, out, *more)) == (130 if signals else 2)
     said = capsys.readouterr().out if signals else one_error(capsys)
     assert says.replace("DIR", str(out)) in said and signal.getsignal(signal.SIGINT) is handler
@@ -1255,7 +1254,7 @@ def test_a_finished_run_is_kept_and_can_be_prolonged(base, whole, done, tmp_path
     saved = torch.load(state := done / "checkpoint/state.pt", weights_only=True)
     torch.save({**saved, "seconds": 1000.0}, state)
     assert run(options(base, done, "--steps", "8")) == 0
-    assert 1000 < read(done / "report.json")["seconds"] < 1100  # of both processes
+    assert 0 < saved["seconds"] < 1000 < read(done / "report.json")["seconds"] < 1100  # of both
     assert run(options(base, tmp_path / "straight", "--steps", "8")) == 0
     assert results(done) == results(tmp_path / "straight")
 
@@ -1538,7 +1537,7 @@ def test_plot_draws_runs_and_comparisons(whole, done, tmp_path, monkeypatch, cap
     assert run(one) == 2 and str(done / "plot.png") in one_error(capsys)
     assert run([*one, none]) == 2 and none in one_error(capsys)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # an extra: nothing else needs it
-    assert run(one) == 2 and "used (import of matplotlib.figure halted" in (told := one_error(
+    assert run(one) == 2 and "used (ModuleNotFoundError: import of" in (told := one_error(
         capsys)) and "pip install matplotlib" in told
 
 
@@ -1571,7 +1570,7 @@ def test_no_option_takes_a_value_out_of_its_range(capsys):
     ("--teacher none --rollouts 1", "--rollouts 1"), ("RUN --data x", "x cannot be used"),
     ("RUN --out DIR/text", "DIR/text"), ("RUN --out DIR/text/run", "DIR/text/run"),
     ("RUN --out DIR/odd", "DIR/odd"), ("RUN --model DIR/run", "give DIR/run/adapter"),
-    ("RUN --model no/model", "no/model cannot be used (Cannot reach https://huggingface.co"),
+    ("RUN --model no/model", "no/model cannot be used (OfflineModeIsEnabled: Cannot reach"),
     ("RUN --ask " + 999 * "long", " tokens, the model reads "),
     ("RUN --model owner/name --device cpu", "works on --device cpu"),
     ("RUN --model DIR", "DIR cannot be used"), ("RUN --device cuda:99", "--device cuda:99"),
@@ -2963,11 +2962,12 @@ VERIFIER = "from tasks import *\ndef a() -> Task:\n    return Task('a', lambda e
     (None, "No such file"), ("x = 1", "not enough values"), ("def f(:", "invalid syntax"),
     ("1 / 0", "ZeroDivisionError"), ("def a() -> 'Task': pass", "'verify'"),
     ("def a() -> 'Task': pass\ndef b() -> 'Task': pass", "too many values"),
-    ("from tasks import *\n\ndef a() -> Task:\n    raise KeyError(7)", "KeyError(7)"),
+    ("from tasks import *\n\ndef a() -> Task:\n    raise KeyError(7)", "KeyError: 7"),
     (VERIFIER.format("1 / 0"), "The verifier, of 'yes' to problems/2, cannot be used (ZeroDivis"),
-    (VERIFIER.format("None"), "it must give a Verdict"),
-    (VERIFIER.format("Verdict(math.nan, True, True, 'ok', {})"), "a verdict cannot be"),
-    (VERIFIER.format("Verdict(1.0, True, False, 'ok', {})"), "must pass its tests")])
+    *((VERIFIER.format(given), "it must give a Verdict") for given in ("None", "e")),
+    *((VERIFIER.format(f"Verdict({fields}, {{}})"), says) for fields, says in (
+        ("1.0, True, False, 'ok'", "must pass"), ("math.nan, True, True, 'ok'", "cannot be Verdi"),
+        ("'1', True, True, 'ok'", "cannot be"), ("-1.0, False, True, None", "cannot be Verdict")))])
 def test_a_task_file_that_does_not_work_is_one_sentence(program, says, tmp_path, capsys):
     """It names the file, the cause, and what is expected."""
     path, rows = tmp_path / "own.py", written(tmp_path, b"", {"prompt": "x", "answer": "yes"})
@@ -2979,8 +2979,7 @@ def test_a_task_file_that_does_not_work_is_one_sentence(program, says, tmp_path,
 
 
 def test_an_own_verifier_and_rows_are_enough(base, tmp_path, capsys, monkeypatch):
-    """Its file may import its neighbours; a real model brings its own pretraining. Anchors with
-    answers tell whether old skills are kept."""
+    """Its file may import its neighbours; a real model brings its own pretraining."""
     monkeypatch.chdir(tmp_path)
     Path("beside_it.py").write_text("NAME = 'own'")
     Path("own.py").write_text(
@@ -2992,9 +2991,10 @@ def test_an_own_verifier_and_rows_are_enough(base, tmp_path, capsys, monkeypatch
     own = ["--task", "own.py", "--data", path, "--eval-data", path]
     assert run(options(base, "none", *own[:4])) == 2 and "give --data and" in one_error(capsys)
     assert run(own) == 2 and "Task.corpus" in one_error(capsys)
-    for more, kept in (([], "n/a general"), (["--anchors", path], "yes general")):
+    for more in ([], ["--anchors", path]):
         assert run(options(base, f"run{len(more)}", *own, *more)) == 0
-        told = capsys.readouterr().out
+        told, first = capsys.readouterr().out, read(Path(f"run{len(more)}/metrics.jsonl"))[0]
         same = " ".join([*own[:2], "--model", str(base), *own[2:], *more, "--compare"])
-        assert kept in told and same in told and "1 of 2 references need --max-new-tokens 1" in told
+        assert same in told and "1 of 2 references need --max-new-tokens 1" in told
+        assert (first["eval_format"], "eval_old" in first) == (1, bool(more)) and "n/a gen" in told
     assert vcopd.read_config(["--task", "own.py"]).out == "runs/own-vcopd-s0"

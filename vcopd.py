@@ -941,7 +941,7 @@ def build_tiny(task: tasks.Task) -> str:
     if folder.exists():
         return str(folder)
     print(f"Building the model tiny for {task.name}: a few minutes, once.", flush=True)
-    with tasks.reading(cache, "it will hold the model tiny: name another folder in XDG_CACHE_HOME"):
+    with tasks.reading(cache, "tiny is kept there: name another folder in XDG_CACHE_HOME"):
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache, ignore_cleanup_errors=True) as aside:
             documents += [tasks.web_document(task, rng) for _ in range(500, recipe["documents"])]
@@ -1249,7 +1249,7 @@ def judge_run(before: dict, after: dict, cfg: Config) -> dict:
     found = {  # holds, None where that cannot be tested; numbers
         "pass rate up": (low > 0, f"{old['pass@1']:.3f} -> {new['pass@1']:.3f}, 95 % interval of "
                                   f"the change [{low:+.3f}, {high:+.3f}]"),
-        "general benchmark kept": (None, "none to compare") if was is None else (
+        "general benchmark kept": (None, "none to compare") if not was else (
             now + 0.02 >= was, f"{was:.3f} -> {now:.3f}, may fall by 0.02"),
         "KL within budget": (kl <= cfg.kl_budget, f"{kl:.4f} of {cfg.kl_budget} nats/token"),
         "entropy kept": (not (on_task < 0.3 or on_anchors < 0.8), f"x{on_task:.2f} on task (>= 0.3)"
@@ -1673,8 +1673,8 @@ def main(cfg: Config, plotted: list[str] | None = None) -> int:
                     tasks.load_task(cfg))
         else:
             run_or_load(cfg, tasks.load_task(cfg))
-            same = [f"{flag(name)} {getattr(cfg, name)}" for name in (
-                "task", "model", "data", "eval_data", "anchors", "benchmark") if getattr(cfg, name)]
+            names = "task", "model", "data", "eval_data", "anchors", "benchmark", "skip_bad_rows"
+            same = [f"{flag(k)} {v}".removesuffix(" True") for k in names if (v := getattr(cfg, k))]
             print(f"\nResults are in {cfg.out}: read report.json there, or compare methods with\n"
                   f"python vcopd.py {' '.join(same)} --compare")
         return 0
