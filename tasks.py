@@ -96,8 +96,7 @@ class Verdict:
 def pair_from_row(row: dict) -> tuple[Example]:
     """A prompt and its answer; a hint other than that, if the row has one."""
     row = {"hint": row.get("answer"), **row}
-    prompt, answer, hint, id = (text_field(row, key) for key in ("prompt", "answer", "hint", "id"))
-    return (Example(id, prompt, answer, hint),)
+    return (Example(*(text_field(row, key) for key in ("id", "prompt", "answer", "hint"))),)
 
 
 @dataclass(frozen=True)
@@ -905,9 +904,8 @@ def read_row(name: str, line: bytes, build: Callable, verify: Callable) -> Examp
     try:
         # int() refuses the words NaN and Infinity: a test that expects NaN could never pass.
         row = {"id": name, **json.loads(line.decode(), parse_constant=int)}
-    except (ValueError, TypeError, RecursionError) as error:
-        why = str(error).replace("line 1 column", "column")
-        raise ValueError(f"expected a JSON object in UTF-8: {why}") from None
+    except (ValueError, TypeError, RecursionError) as why:
+        raise ValueError(f"expected a JSON object in UTF-8: {why}".replace("line 1 ", "")) from None
     example, *sources = build(row)
     for key, source in zip(sources, (example.buggy, example.reference), strict=False):
         if why := format_error(source, example):
@@ -928,7 +926,8 @@ def edit_from_row(row: dict) -> tuple[Example, str, str]:
         head, script = text_field(row, "declaration"), text_field(row, "test", script=True)
         names = "task_id", "entry_point", "buggy_solution", "canonical_solution"
     elif ("tests" in row) == ("test_code" in row):
-        raise ValueError('expected either the field "tests" or the field "test_code"')
+        got = "both" if "tests" in row else "neither"
+        raise ValueError(f'expected one of the fields "tests" and "test_code", got {got}')
     else:
         tests = tests_field(row) if "tests" in row else ()
         script = "" if tests else text_field(row, "test_code", script=True)
@@ -1044,11 +1043,12 @@ def fitting(task: Task, limit: float, length: Callable[[str], int], skip: bool) 
 
 def show_learnt(before: dict, after: dict, examples: list[Example]) -> None:
     """Print a problem that only `after` solves, and one that `before` solved by changing more."""
+    passes = list(zip(before["passes"], after["passes"], strict=True))
+    solved = [i for i, (old, new) in enumerate(passes) if new > old]
     more, less = ([edit_metrics(text, e.buggy, e.reference)["nel"] if e.buggy else 0.0 for e, text
                    in zip(examples, scores["answers"], strict=True)] for scores in (before, after))
-    new = [i for i, passed in enumerate(after["passes"]) if passed > before["passes"][i]]
-    kept = [i for i, p in enumerate(before["passes"]) if p * after["passes"][i] * more[i] > less[i]]
-    for i in [*new[:1], *(sorted(kept, key=lambda i: less[i] - more[i])[:1] or new[1:2])]:
+    spared = [i for i, both in enumerate(passes) if all(both) and more[i] > less[i]]
+    for i in [*solved[:1], *(sorted(spared, key=lambda i: less[i] - more[i])[:1] or solved[1:2])]:
         example, problem = examples[i], examples[i].buggy.splitlines()
         print("", f"Held-out problem {example.id}", *[] if problem else [example.prompt], sep="\n")
         for when, scores in ("before", before), ("after", after):
