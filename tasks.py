@@ -468,9 +468,8 @@ def added_complexity(node: ast.AST, nesting: int, is_elif: bool = False) -> int:
 EDIT_PROMPT = ("You are given a buggy function.\nFix the bug.\nPreserve the original structure, "
                "names, formatting, and logic.\nChange only what is necessary.\n"
                "Return only the corrected function.")
-# A family is a function with a docstring that decides every detail, so that each bug can be seen
-# from the prompt; its last line, if it only returns the first variable, is left out. In an instance
-# the names in NAMES and the constants J and K are drawn anew.
+# A family is a function whose docstring decides every detail, so that each bug shows in the prompt.
+# A last line that only returns the first variable is left out. NAMES, J and K are drawn anew.
 FAMILIES = """
 sum_above(xs): Sum of the xs greater than K. total = 0; for x in xs: if x > K: total += x
 count_above(xs): Number of xs greater than K. total = 0; for x in xs: if x > K: total += 1
@@ -1024,13 +1023,14 @@ def load_task(cfg) -> Task:
                    validation=(looks or task.validation[0] or train, old))
 
 
-def fitting(task: Task, limit: float, length: Callable[[str], int], skip: bool) -> Task:
-    """The task, or with `skip` what of it has at most `limit` tokens, hint included. LoadError."""
+def fitting(task: Task, cfg, limit: float, length: Callable[[str], int]) -> Task:
+    """The task, or what of it has at most `limit` tokens with hint and answer. Raises LoadError."""
     def keep(examples: list[Example]) -> list[Example]:
-        sizes = [length(privileged_prompt(example)) for example in examples]
+        sizes = [length(privileged_prompt(e)) + max(cfg.max_new_tokens, length(
+            e.demonstration or e.reference)) for e in examples]
         kept = [example for example, size in zip(examples, sizes, strict=True) if size <= limit]
-        if len(kept) < len(examples) and not (skip and kept):
-            raise LoadError(f"{examples[sizes.index(max(sizes))].id} with its hint has {max(sizes)}"
+        if len(kept) < len(examples) and not (cfg.skip_bad_rows and kept):
+            raise LoadError(f"{examples[sizes.index(max(sizes))].id} with answer has {max(sizes)}"
                             f" tokens of {limit}: lower --max-new-tokens, or give --skip-bad-rows")
         if len(kept) < len(examples):
             print(f"{len(examples) - len(kept)} of {len(examples)} rows are too long: left out")

@@ -585,8 +585,7 @@ def test_autograd_agrees_with_finite_differences_of_the_whole_loss(cfg, epoch, m
             parameter.data.view(-1)[steepest] += step
             losses.append(loss_and_gradient(policy, parts, cfg, replay)[0])
         parameter.data.view(-1)[steepest] += 1e-6
-        slope = (losses[0] - losses[1]) / 2e-6
-        assert slopes[steepest].item() == pytest.approx(slope, rel=1e-5)
+        assert slopes[steepest].item() == pytest.approx((losses[0] - losses[1]) / 2e-6, rel=1e-5)
 
 
 def test_splitting_into_micro_batches_changes_neither_loss_nor_gradient():
@@ -1576,7 +1575,7 @@ def test_no_option_takes_a_value_out_of_its_range(capsys):
     ("RUN --benchmark DIR/text", "DIR/text line 1: "), ("RUN --task codeedit --data DIR", "DIR"),
     ("RUN --task codeedit --eval-data DIR/none", "DIR/none"),
     ("RUN --task codeedit --data DIR/bad", 'DIR/bad line 2: id "b": its reference must pass'),
-    ("RUN --task codeedit --data DIR/long", "far with its hint has"),
+    ("RUN --task codeedit --data DIR/long", "far with answer has"),
     ("RANKS --prompts 3", "--prompts 3 must be a multiple"), ("RANKS --device cuda:1", "or cpu")])
 def test_what_cannot_work_is_one_sentence(line, words, base, done, files, monkeypatch, capsys):
     """Before anything is trained; permissions are left out, as root has them all."""
@@ -2810,7 +2809,7 @@ def test_adapters_are_cast_once_in_a_pass_without_gradients_and_never_kept(base)
 
     class Casts(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if "_to_copy" in str(function) and 3 in args[0].shape:
+            if "_to_copy" in str(function) and {3, 300} & {*args[0].shape}:  # rank, head
                 self.count += 1
             return function(*args, **kwargs or {})
 
@@ -2852,8 +2851,7 @@ def test_logits_of_a_bfloat16_model_are_those_of_its_numbers_in_float64():
     exact = hidden.double() @ out.weight.double().T + out.bias.double()
     assert (vcopd.head(model, hidden) - exact).abs().max() < 1e-5
     config.logit_scale, config.final_logit_softcapping = 0.25, 2.0
-    capped = 2 * torch.tanh(exact / 4 / 2)
-    assert (vcopd.head(model, hidden) - capped).abs().max() < 1e-5
+    assert (vcopd.head(model, hidden) - 2 * torch.tanh(exact / 4 / 2)).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize(("rope", "limit"), [
@@ -2987,8 +2985,10 @@ def test_an_own_verifier_and_rows_are_enough(base, tmp_path, capsys, monkeypatch
         "def verify(example, answer):\n    passed = answer == example.reference\n"
         "    return Verdict(1.0 * passed, passed, True, 'ok' if passed else 'no', {})\n"
         "def make() -> Task:\n    return Task(NAME, verify)\n")
-    path = written(tmp_path, {"prompt": "1?", "answer": "a"}, {"prompt": "2?", "answer": "a" * 99})
+    path = written(tmp_path, {"prompt": "1?", "answer": "a" * 999})
     own = ["--task", "own.py", "--data", path, "--eval-data", path]
+    assert run(options(base, "none", *own)) == 2 and "s/1 with answer has" in one_error(capsys)
+    written(tmp_path, {"prompt": "1?", "answer": "a"}, {"prompt": "2?", "answer": "a" * 99})
     assert run(options(base, "none", *own[:4])) == 2 and "give --data and" in one_error(capsys)
     assert run(own) == 2 and "Task.corpus" in one_error(capsys)
     for more in ([], ["--anchors", path]):

@@ -254,8 +254,7 @@ def train(policy: Policy, task: tasks.Task, state: State, out: Path, cfg: Config
 
 def update(policy: Policy, parts: list[Experience], state: State, cfg: Config) -> tuple:
     """Step 5: one optimiser step an epoch, on all micro-batches; what to log of the last, and the
-    norm of its gradient. RunError if that is not finite.
-    In the first epoch the student still is pi_old: rho is 1, and the clip acts in later ones."""
+    norm of its gradient. RunError if that is not finite. In epoch 1 the student is pi_old."""
     tokens = over_ranks(sum(int(part.batch.mask.sum()) for part in parts))
     for epoch in range(cfg.epochs):
         share, replayed = imitate_replay(policy, state, epoch, cfg)
@@ -703,7 +702,8 @@ def head(model: nn.Module, hidden: Tensor) -> Tensor:
     out, config = model.get_output_embeddings(), model.config.get_text_config()
     scale = (getattr(config, "logit_scale", 0) or 1) / (getattr(config, "logits_scaling", 0) or 1)
     bias = None if out.bias is None else scale * out.bias.float()
-    logits = F.linear(scale * hidden.float(), out.weight.float(), bias)  # bfloat16 is off by 0.06
+    weight = getattr(model, "float_head", out.weight).float()  # bfloat16 is off by 0.06
+    logits = F.linear(scale * hidden.float(), weight, bias)
     cap = getattr(config, "final_logit_softcapping", None)
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -992,8 +992,7 @@ def pretrain(documents: list[tuple[str, str]], recipe: dict) -> Policy:
 def load_policy(cfg: Config, task: tasks.Task | None) -> Policy:
     """A causal LM in all its roles, with a fresh policy adapter. Raises RunError."""
     name = build_tiny(task) if cfg.model == "tiny" else cfg.model
-    base = adapter_base(name)
-    policy = load_frozen(base or name, cfg)
+    policy = load_frozen((base := adapter_base(name)) or name, cfg)
     add_adapter(policy.model, "policy", cfg.lora_rank, cfg.lora_alpha, cfg.seed)
     if base and (cfg.inspect or cfg.ask):  # it is the student, and the teacher has none
         load_adapter(policy.model, "policy", Path(name))
@@ -1049,7 +1048,8 @@ def load_frozen(name: str, cfg: Config) -> Policy:
         known = rope if rope.get("rope_type") in ("dynamic", "longrope") else {}  # by longest row
         positions = known.get("original_max_position_embeddings") or getattr(
             config, "max_position_embeddings", None) or math.inf
-        policy = Policy(model.to(device), tokenizer, torch.tensor(stops, device=device), pad_id,
+        model.to(device).float_head = model.get_output_embeddings().weight.detach().float()
+        policy = Policy(model, tokenizer, torch.tensor(stops, device=device), pad_id,
                         0 if solo else Policy.pack, memory, positions, micro_tokens, cfg.today)
         self_check(policy)
     return policy
@@ -1377,8 +1377,8 @@ def run(cfg: Config, task: tasks.Task) -> dict:
     """One whole run, or one evaluation, in the folder `cfg.out`; its report. Raises RunError."""
     began, out = time.perf_counter(), Path(cfg.out)
     policy = load_policy(cfg, task)
-    limit = min(policy.positions, policy.teacher[0].positions) - cfg.max_new_tokens
-    task = tasks.fitting(task, limit, lambda x: len(policy.encode(x)), cfg.skip_bad_rows)
+    task = tasks.fitting(task, cfg, min(policy.positions, policy.teacher[0].positions),
+                         lambda text: len(policy.encode(text)))
     optimizer = None if cfg.eval_only else adapter_optimizer(policy.model, "policy", cfg.lr)
     data = hashlib.sha256(repr((task.train, task.evals, task.anchors, task.benchmark)).encode())
     state, facts = State(optimizer, cfg.kl_coef, began, data=data.hexdigest()), environment(policy)
