@@ -626,8 +626,9 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 def wrap_linears(model: nn.Module) -> None:
-    """Freeze the model and wrap each linear layer of attention and MLP, the head excepted."""
+    """Freeze the model, wrap each linear layer of attention and MLP, keep a float32 head."""
     model.requires_grad_(False)
+    model.float_head = model.get_output_embeddings().weight.detach().float()  # else at each token
     for name, layer in list(model.base_model.named_modules()):
         if isinstance(layer, nn.Linear | transformers.Conv1D):
             model.base_model.set_submodule(name, LoRALinear(layer))
@@ -1029,7 +1030,7 @@ def load_frozen(name: str, cfg: Config) -> Policy:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         if info["missing_keys"]:
             raise ValueError(f"it holds no weights for {min(info['missing_keys'])}")
-        wrap_linears(model.eval())  # no dropout while scoring
+        wrap_linears(model.to(device).eval())  # no dropout while scoring
         kept = sum(sum(layer.shape) for layer in lora_layers(model).values())  # for one token
         micro_tokens = cfg.micro_tokens or (2**11 if device.type == "cpu" else 2**15)
         memory = torch.cuda.mem_get_info(device)[1] / 4 if device.type == "cuda" else (
@@ -1048,7 +1049,6 @@ def load_frozen(name: str, cfg: Config) -> Policy:
         known = rope if rope.get("rope_type") in ("dynamic", "longrope") else {}  # by longest row
         positions = known.get("original_max_position_embeddings") or getattr(
             config, "max_position_embeddings", None) or math.inf
-        model.to(device).float_head = model.get_output_embeddings().weight.detach().float()
         policy = Policy(model, tokenizer, torch.tensor(stops, device=device), pad_id,
                         0 if solo else Policy.pack, memory, positions, micro_tokens, cfg.today)
         self_check(policy)
