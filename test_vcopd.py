@@ -4,7 +4,6 @@ import ast
 import errno
 import functools
 import gzip
-import importlib.util
 import inspect
 import io
 import itertools
@@ -968,12 +967,12 @@ def rollouts(policy: vcopd.Policy) -> vcopd.Batch:
     return vcopd.sample(policy, policy.student, prompts, 2, SMALL, vcopd.seeded("rollouts"))
 
 
-@SUPPORTED
-@pytest.mark.parametrize("quantize", ["none", "nf4"])
+@pytest.mark.parametrize("kind, quantize", [
+    *((kind, "none") for kind in SUPPORTED.args[1]), ("llama", "nf4")])
 def test_the_exported_adapter_has_the_logits_of_the_student(kind, quantize, models, tmp_path):
-    """Format and policy adapter leave as one, also from a base in four bits."""
-    if quantize == "nf4" and (kind != "llama" or not importlib.util.find_spec("bitsandbytes")):
-        pytest.skip("on a CPU bitsandbytes packs no layers of odd sizes")
+    """Both adapters leave as one. After sampling, too, a base in four bits has its gradient."""
+    if quantize == "nf4":
+        pytest.importorskip("bitsandbytes")
     policy = moved_policy(models(kind), quantize=quantize)
     before, reference, ours = (model_logits(policy, role, IDS) for role in (
         vcopd.BASE, policy.reference, policy.student))
@@ -982,8 +981,10 @@ def test_the_exported_adapter_has_the_logits_of_the_student(kind, quantize, mode
     assert same(plain_logits(models(kind)), before) == (quantize == "none")
     again = load(tmp_path / "adapter", quantize=quantize)
     assert same(model_logits(again, again.reference, IDS), ours)
-    if quantize == "none":
-        assert same(plain_logits(models(kind), tmp_path / "adapter"), ours)
+    assert same(plain_logits(models(kind), tmp_path / "adapter"), ours) == (quantize == "none")
+    [layer, *_], unit = vcopd.lora_layers(policy.model).values(), torch.eye(SHAPE["hidden_size"])
+    jacobian = torch.autograd.functional.jacobian(layer, unit[:1])[0, :, 0]
+    assert same(jacobian.T, layer(unit) - layer(0 * unit))
 
 
 def peft_folder(base: Path, folder: Path, **options) -> Path:
@@ -1197,7 +1198,6 @@ def one_error(capsys) -> str:
 
 
 FULL_DISK = OSError(errno.ENOSPC, "no space")
-KNOBS = "out of memory: lower --micro-tokens, with which a run may --resume"
 
 
 # The writes of a run: config and checkpoint 0; metrics and samples of each step, and a checkpoint
@@ -1209,7 +1209,7 @@ KNOBS = "out of memory: lower --micro-tokens, with which a run may --resume"
         ("sample", 2), ("evaluate", 1), ("refresh_replay", 2), ("evaluate", 2))),
     ("sft", "open", 9, FULL_DISK, "no space", 6),
     ("sft", "token_mean", 8, math.nan, "step 4, on the examples ", 0),
-    *(("vcopd", "group_advantage", 3, error, KNOBS, 0) for error in (
+    *(("vcopd", "group_advantage", 3, error, "of memory: lower --micro-tokens", 0) for error in (
         MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"))),
     ("vcopd", "load_policy", 1, CTRL_C, "same command again", 0),
@@ -1227,7 +1227,7 @@ def test_whatever_stops_a_run_anywhere_it_goes_on_to_the_same_end(
         patch.setattr(vcopd, where, disturbed(vcopd, where, nth, error))
         assert run(options(base, out, *more)) == (130 if signals else 2)
     said = capsys.readouterr().out if signals else one_error(capsys)
-    assert says.replace("DIR", str(out)) in said and signal.getsignal(signal.SIGINT) is handler
+    assert says in said and signal.getsignal(signal.SIGINT) is handler
     assert not list(out.glob("**/*.new")) and not (out / "report.json").exists()
     assert where != "score" or read(out / "metrics.jsonl")[-1]["step"] == 4 - len(signals)
 
@@ -1330,11 +1330,11 @@ def test_what_is_trained_is_counted_and_what_lora_cannot_reach(kind, trained, be
 def test_commands_that_look_leave_no_file(line, parts, small, base, files, monkeypatch, capsys):
     """Safe beside a run and in any folder; a pipe gets no colours."""
     monkeypatch.chdir(files / "odd/metrics.jsonl")  # an empty folder
-    assert run([*line.replace("DIR", str(files)).split(), "--model", str(base), "--prompts", "2",
-                "--rollouts", "2", "--max-new-tokens", "6", "--eval-problems", "2"]) == 0
-    told = capsys.readouterr().out.replace(str(files), "DIR")
+    assert run([*line.split(), "--model", str(base), "--prompts", "2", "--rollouts", "2",
+                "--max-new-tokens", "6", "--eval-problems", "2"]) == 0
+    told = capsys.readouterr().out
     assert not list(Path().iterdir()) and "\x1b" not in told
-    assert [told.count(part) > 0 for part in parts] == [True] * len(parts)
+    assert all(part in told for part in parts)
 
 
 def test_all_answer_what_is_asked_and_only_the_teacher_reads_the_hint(toy, monkeypatch, capsys):

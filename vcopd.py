@@ -598,7 +598,7 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base: nn.Module):
         super().__init__()
-        self.base = base  # nn.Linear, that of bitsandbytes in 4 bits, or GPT-2's Conv1D
+        self.base = base.train()  # nn.Linear, Conv1D, or 4 bits (no gradient in eval() on CPUs)
         self.shape = (base.nf, base.nx) if hasattr(base, "nf") else (base.out_features,
                                                                      base.in_features)
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
