@@ -24,6 +24,7 @@ import threading
 import time
 import tokenize
 import warnings
+import weakref
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -242,10 +243,8 @@ def test_equations_deviations_and_requirements_stand_once_in_the_code_and_once_o
 def test_every_command_of_the_readme_is_accepted(line):
     """A page goes out of date in silence: an option that was renamed must fail here first."""
     arguments = shlex.split(line)
-    if "--plot" in arguments:
-        assert vars(vcopd.build_parser().parse_args(arguments))["plot"]
-        return
-    assert vcopd.read_config(arguments).out
+    assert vcopd.build_parser().parse_args(arguments)
+    assert "--plot" in arguments or vcopd.read_config(arguments).out
 
 
 def test_every_option_and_function_that_the_readme_names_exists():
@@ -360,7 +359,7 @@ def test_log_probs_equal_a_loop_over_prefixes(batch, rows, architecture, tempera
     """No token is scored with its neighbour's distribution, and no answer reads another's, though
     a prompt is read once for all its answers. Three tokens at a time meet the vocabulary."""
     policy, seen = tiny_policy(architecture, moved=0.3), []
-    monkeypatch.setattr(vcopd, "LOGITS", 3 * len(VOCAB))
+    monkeypatch.setattr(vcopd, "LOGITS", 3 * len(VOCAB) / 2048)
     with policy.model.base_model.register_forward_pre_hook(
             lambda module, inputs, options: seen.append(len(inputs[0])), with_kwargs=True):
         logps = vcopd.log_probs(policy, policy.student, batch, temperature)
@@ -404,17 +403,20 @@ def test_the_token_kls_of_a_language_sum_to_the_kl_between_its_texts():
     assert abs(exact[0] - reverse) > 0.01  # the two directions do differ here
 
 
-def test_no_logits_are_kept_for_the_backward_pass():
+def test_logits_are_kept_of_three_tokens_until_these_have_been_learnt(monkeypatch):
     """A chunked loss that retains each chunk saves nothing: 1024 x 150,000 floats are 600 MB."""
-    policy, batch = tiny_policy(moved=0.3), ragged_batch()
-    kept = []
-    hidden = [vcopd.completion_hidden(policy, role, batch) for role in (policy.student, ())]
-    with torch.autograd.graph.saved_tensors_hooks(
-            lambda tensor: kept.append(tensor.shape) or tensor, lambda tensor: tensor):
-        vcopd.on_tokens(policy, vcopd.token_terms, 0.8, batch, *hidden)
-        assert all(len(VOCAB) not in shape for shape in kept)
-        vcopd.token_terms(policy.model, 0.8, batch.completion[batch.mask], *hidden)
-        assert any(len(VOCAB) in shape for shape in kept)  # so the hook does see logits
+    monkeypatch.setattr(vcopd, "LOGITS", 3 * len(VOCAB) / 2048)
+    policy, kept, rows = tiny_policy(moved=0.3), [], []
+
+    def keep(tensor):
+        if tensor.shape[-1:] == (len(VOCAB),) and len(tensor) < 32:  # the head has 32 rows
+            kept.append(weakref.ref(tensor))
+            rows.append(sum(len(one()) for one in kept if one() is not None))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss_and_gradient(policy, read_by_all(policy, FULL), FULL, ragged_batch())
+    assert len(kept) == 66 and max(rows) == 3 * 8  # all that one chunk keeps of its logits
 
 
 def test_advantages_are_deviations_from_their_own_group_in_its_own_spread(monkeypatch):
@@ -565,7 +567,7 @@ FULL = replace(TOY, kl_coef=0.5, entropy_coef=0.1, teacher_coef=1.0, gap_clip=0.
 def test_autograd_agrees_with_finite_differences_of_the_whole_loss(cfg, epoch, monkeypatch):
     """A, D, the gate and pi_old are constants: a gradient through one of them shows here, and so
     does a KL without gradient. In float64, on one entry of an A and one of a B; in chunks."""
-    monkeypatch.setattr(vcopd, "LOGITS", 3 * len(VOCAB))
+    monkeypatch.setattr(vcopd, "LOGITS", 3 * len(VOCAB) / 2048)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     policy = tiny_policy("opt", moved=0.1)
     policy.model.double()  # the adapters too
@@ -587,14 +589,14 @@ def test_autograd_agrees_with_finite_differences_of_the_whole_loss(cfg, epoch, m
         assert slopes[steepest].item() == pytest.approx((losses[0] - losses[1]) / 2e-6, rel=1e-5)
 
 
-def test_splitting_into_micro_batches_changes_neither_loss_nor_gradient():
-    """Means of means would weigh a short answer's tokens more. One row at a time, or all, packed:
-    the prompt is read once for its answers, and each sends its gradient back through it."""
+def test_splitting_into_micro_batches_changes_neither_loss_nor_gradient(monkeypatch):
+    """Means of means would weigh a short answer's tokens more. One row and token at a time, or all,
+    packed: the prompt is read once for its answers, and each sends its gradient through it."""
     policy, results = tiny_policy(moved=0.2), []
-    for most, count in ((10_000, 1), (1, 6)):
+    for most, count, logits in ((10_000, 1, vcopd.LOGITS), (1, 6, 0)):
         policy.micro_tokens = most
-        parts = read_by_all(policy, FULL)
-        assert len(parts) == count
+        monkeypatch.setattr(vcopd, "LOGITS", logits)
+        assert len(parts := read_by_all(policy, FULL)) == count
         loss, gradient = loss_and_gradient(policy, parts, FULL, ragged_batch())
         results.append((torch.tensor(loss), gradient))
     torch.testing.assert_close(*results)
@@ -622,8 +624,8 @@ def test_nothing_under_the_mask_can_poison_the_loss_and_no_gap_may_be_missing(po
     """NaN * 0 is NaN: a masked value must be left out, not multiplied away. And a log-prob that is
     missing is not 0.0: that would say the teacher was certain."""
     policy, batch = tiny_policy(moved=0.2), ragged_batch()
-    hidden = [vcopd.completion_hidden(policy, role, batch) for role in (policy.student, ())]
-    terms = vcopd.on_tokens(policy, vcopd.token_terms, 0.8, batch, *hidden)
+    hidden = vcopd.completion_hidden(policy, vcopd.BASE, batch)
+    [(_, terms)] = vcopd.on_tokens(policy, policy.student, vcopd.token_terms, 0.8, batch, hidden)
     terms = torch.where(batch.mask, terms, poison)
     gap = torch.where(batch.mask, 0.1, poison)
     part = experience([1.0, -1.0, 0.5, 2.0], terms[0].detach(), gap, batch.mask)
@@ -785,10 +787,9 @@ def test_the_shares_of_a_step_on_paper():
     """Three groups of two answers: one is tied, one answer never stops, two fail the same way."""
     batch = siblings()
     batch.completion[3, 2] = AB  # in place of its stop token
-    judged = [tasks.Verdict(reward, reason == "ok", formatted, reason, {})
-              for reward, formatted, reason in (
-                  (1.0, True, "ok"), (1.0, False, "ok"), (-1.0, True, "test 1: wrong value"),
-                  (-0.5, True, "test 12: timeout"), (0.5, True, "ok"), (0.25, True, "ok"))]
+    judged = [tasks.Verdict(reward, why == "ok", formatted, why, {}) for reward, formatted, why in (
+        (1.0, True, "ok"), (1.0, False, "ok"), (-1.0, True, "test 1: wrong value"),
+        (-0.5, True, "test 12: timeout"), (0.5, True, "ok"), (0.25, True, "ok"))]
     found = vcopd.rollout_metrics(tiny_policy(), batch, judged, replace(TOY, prompts=3, rollouts=2))
     assert found == {"reward": 1.25 / 6, "pass_rate": 4 / 6, "format_rate": 5 / 6, "tokens": 21,
                      "truncated": 1 / 6, "tied_rollouts": 1 / 3, "reasons": {"ok": 4, "test": 2}}
@@ -1562,8 +1563,7 @@ def test_no_option_takes_a_value_out_of_its_range(capsys):
     ("--resume DIR/run --lr 1", "holds other options (--lr)"),
     ("--method rl --teacher-coef 1", "--teacher-coef contradicts --method rl"),
     ("--compare --method sft", "contradicts --compare"), ("--ablations --teacher none", "need a"),
-    ("--inspect --bench", "not allowed with"),
-    ("--compare --teacher none", "need a teacher"), ("--eval-only --steps 3", "contradicts --e"),
+    ("--inspect --bench", "not allowed with"), ("--eval-only --steps 3", "contradicts --e"),
     ("--method opd --teacher none", "need a teacher"), ("--method rl --rollouts 1", "--rollouts 1"),
     ("--teacher none --rollouts 1", "--rollouts 1"), ("RUN --data x", "x cannot be used"),
     ("RUN --out DIR/text", "DIR/text"), ("RUN --out DIR/text/run", "DIR/text/run"),
@@ -1749,8 +1749,7 @@ def test_values_are_compared_by_type_and_floats_by_closeness(value, expected, fr
     """Types that add nothing to a value are no error. JSON knows fewer types than Python, so only
     what came from it lets a tuple stand for a list and 14.0 for 14."""
     code = ("from collections import *\nP = namedtuple('P', 'x y')\nclass Lying(int):\n"
-            "    __eq__ = lambda a, b: True\n    __hash__ = int.__hash__\n"
-            f"def f():\n    return {value}\n")
+            f"    __eq__ = lambda a, b: 1\n    __hash__ = int.__hash__\ndef f(): return {value}\n")
     assert run_tests(code, "f", [([], expected)], from_json) == ("" if equal else WRONG)
 
 
@@ -1834,8 +1833,7 @@ def test_leaving_lying_patching_and_forging_change_no_verdict(judged_by):
               for patch in PATCHES]
     for line, load in itertools.product(FORGERIES, ("shout()\n", "")):
         shout = ("import os\ndef shout():\n    for fd in range(8):\n"
-                 f"        try: os.write(fd, {line})\n        except OSError: pass\n"
-                 "    os._exit(0)\n")
+                 f"        try: os.write(fd, {line})\n        except: pass\n    os._exit(0)\n")
         codes.append(f"{shout}{load}def f(a, b):\n    shout()\n")
     assert not [code for code in codes if not judged_by(code)]
     for name in ("ok", "passed", "value", "True", ""):  # a verdict is never a word
@@ -2843,15 +2841,17 @@ def test_sampling_everything_sorts_nothing(monkeypatch):
     assert vcopd.draw(torch.randn(8, 40), 0.7, 1.0, vcopd.seeded("draw")).shape == (8,)
 
 
-def test_logits_of_a_bfloat16_model_are_those_of_its_numbers_in_float64():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_logits_are_those_of_the_models_numbers_in_float64(dtype):
     """Rounded to 8 bits they move rho and KL more than a step of training does."""
-    hidden, out = torch.randn(64, 32).bfloat16(), torch.nn.Linear(32, 99).bfloat16()
+    hidden, out = torch.randn(64, 256, dtype=dtype), torch.nn.Linear(256, 999, dtype=dtype)
     config = transformers.LlamaConfig()
     model = SimpleNamespace(config=config, get_output_embeddings=lambda: out)
     exact = hidden.double() @ out.weight.double().T + out.bias.double()
     assert (vcopd.head(model, hidden) - exact).abs().max() < 1e-5
-    config.logit_scale, config.final_logit_softcapping = 0.25, 2.0
-    assert (vcopd.head(model, hidden) - 2 * torch.tanh(exact / 4 / 2)).abs().max() < 1e-5
+    config.logit_scale, config.final_logit_softcapping = 1 / 3, 2.0
+    assert (vcopd.head(model, hidden) - 2 * torch.tanh(exact / 3 / 2)).abs().max() < 1e-5
+    assert torch.get_float32_matmul_precision() == "highest"  # else RoPE would round positions
 
 
 @pytest.mark.parametrize(("rope", "limit"), [
