@@ -1019,7 +1019,7 @@ def load_task(cfg) -> Task:
     splits = {"in_domain": test} if cfg.eval_data else task.evals
     looks = cfg.eval_data and test[cfg.eval_problems:]  # they see no problem of the report
     return replace(task, train=train, anchors=anchors, benchmark=benchmark[::stride],
-                   evals={name: rows[:cfg.eval_problems] for name, rows in splits.items()},
+                   evals={name: rows[:cfg.eval_problems] for name, rows in splits.items() if rows},
                    validation=(looks or task.validation[0] or train, old))
 
 

@@ -175,9 +175,9 @@ transformers.utils.logging.disable_progress_bar()  # of files; downloads keep th
 progress = partial(tqdm, mininterval=1, disable=None, leave=False)  # where somebody is watching
 COMMANDS = {"eval_only": ("method", "steps"), "inspect": (), "ask": (), "bench": (),
             "compare": ("method",), "ablations": ("method",)}  # and what they settle
-LOGITS = 2**11  # held at one time for each of micro_tokens, so that (B, T, V) never exists
+LOGITS = 2**22  # in a chunk of tokens on a CPU, so that (B, T, V) never exists
 LOOK = 64  # validation problems in a look
-OLD = ("old", "replayed", "unreplayed", "chance")  # of references, which moves before answers do
+OLD = ("old", "replayed", "unreplayed", "chance")  # of references: moves before answers do
 PASS_K = 4  # k of pass@k: a constant, so that runs with other --rollouts can be compared
 COLUMNS = {"step": "step", "reward": "reward", "pass_rate": "passed", "eval_pass": "new",
            "eval_replayed": "old", "eval_unreplayed": "other", "kl": "kl", "entropy": "entropy",
@@ -187,7 +187,7 @@ COLUMNS = {"step": "step", "reward": "reward", "pass_rate": "passed", "eval_pass
 # PART I - THE METHOD: the training loop, and below it its Steps ##############################
 
 # Shapes: what is known of each token is (B, T), next to a mask that is True up to and including the
-# first stop token. P prompts, K rollouts, B = P*K rows, T tokens, N of them under the mask, V
+# first stop token. P prompts, K rollouts, B = P*K rows, T tokens, N of all where it is True, V
 # vocabulary, D hidden size; b rows of a micro-batch; S rows of L tokens in one forward pass.
 
 METHODS = {  # presets of the one loop: what is fixed here cannot be set by an option
@@ -231,7 +231,7 @@ def train(policy: Policy, task: tasks.Task, state: State, out: Path, cfg: Config
             # Step 4: student (still pi_old), reference and teacher score these tokens once
             parts = score(policy, batch, examples, advantage, cfg)
 
-            # Step 5: learn from both; then tighten or relax the KL guard
+            # Step 5: learn from verdict and hints, and replay; tighten or relax the KL guard
             info, grad_norm = update(policy, parts, state, cfg)
             metrics = over_ranks({**rollout_metrics(policy, batch, verdicts, cfg), **info})
             metrics["kl_coef"] = state.kl_coef = adapt_kl_coef(state.kl_coef, metrics["kl"], cfg)
@@ -252,21 +252,20 @@ def train(policy: Policy, task: tasks.Task, state: State, out: Path, cfg: Config
 
 
 def update(policy: Policy, parts: list[Experience], state: State, cfg: Config) -> tuple:
-    """Step 5: one optimiser step an epoch, on all micro-batches; what to log of the last, and the
-    norm of its gradient. RunError if that is not finite. In epoch 1 the student is pi_old."""
-    tokens = over_ranks(sum(int(part.batch.mask.sum()) for part in parts))
+    """Step 5: one optimiser step an epoch, on all micro-batches. Returns the last one's log and
+    gradient norm; RunError unless that is finite. In epoch 1 the student is still pi_old."""
+    total = over_ranks(sum(int(part.batch.mask.sum()) for part in parts))
     for epoch in range(cfg.epochs):
         share, replayed = imitate_replay(policy, state, epoch, cfg)
-        info: Counter[str] = Counter(replayed)
+        log: Counter[str] = Counter(replayed)
         for part in parts:
             for some, terms in on_tokens(policy, policy.student, token_terms, cfg.temperature,
-                                         part.batch, part.hidden_ref):  # some of its tokens
-                part = replace(part, batch=some)
-                loss, logged = vcopd_loss(terms, part, state.kl_coef, tokens, cfg)
+                                         part.batch, part.hidden_ref):  # a chunk of its tokens
+                loss, info = vcopd_loss(terms, replace(part, batch=some), state.kl_coef, total, cfg)
                 ((1 - share) * loss).backward()  # Eq. 12: replay has added r of its own
-                info.update({name: value.item() for name, value in logged.items()})
+                log.update({name: value.item() for name, value in info.items()})
         grad_norm = optimizer_step(state.optimizer, cfg)
-    return dict(info), grad_norm
+    return dict(log), grad_norm
 
 
 @dataclass
@@ -459,7 +458,7 @@ def has_teacher(cfg: Config) -> bool:
 
 @torch.no_grad()
 def log_probs(policy: Policy, role: Role, batch: Batch, temperature: float) -> Tensor:
-    """log pi(a_t|s_t) of the batch's tokens under a role: (B, T)."""
+    """log pi(a_t|s_t) of the batch's tokens under a role: (B, T), 0 outside the mask."""
     return sum(logp for _, logp in on_tokens(policy, role, token_logps, temperature, batch))
 
 
@@ -510,8 +509,8 @@ def token_terms(model: nn.Module, temperature: float, ids: Tensor, hidden: Tenso
 
 
 def vcopd_loss(terms: Tensor, part: Experience, kl_coef: float, tokens: int, cfg: Config) -> tuple:
-    """The loss of one micro-batch and what to log, from `terms` (3, b, T) of `token_terms` and of
-    `part` advantage (b,), logp_old, gap and batch.mask (b, T). `tokens` counts all micro-batches.
+    """The loss of the tokens in batch.mask and what to log, from `terms` (3, b, T) of `token_terms`
+    and of `part` advantage (b,), logp_old and gap (b, T). `tokens` counts those of the whole step.
     In the first epoch rho is 1. The *value* of the policy term is then minus the mean of A_dense:
     near 0, as verdicts are centred. Its gradient, -mean(A_dense grad log pi), is not."""
     logp, kl, entropy = terms
@@ -598,7 +597,7 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base: nn.Module):
         super().__init__()
-        self.base = base.train()  # nn.Linear, Conv1D, or 4 bits (no gradient in eval() on CPUs)
+        self.base = base.train(hasattr(base.weight, "quant_state"))  # else no gradient on CPUs
         self.shape = (base.nf, base.nx) if hasattr(base, "nf") else (base.out_features,
                                                                      base.in_features)
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
@@ -702,10 +701,10 @@ def head(model: nn.Module, hidden: Tensor) -> Tensor:
     """Hidden (..., D) -> float32 logits (..., V), scaled (Cohere, Granite) or capped (Gemma)."""
     out, config = model.get_output_embeddings(), model.config.get_text_config()
     scale = (getattr(config, "logit_scale", 0) or 1) / (getattr(config, "logits_scaling", 0) or 1)
-    weight = getattr(model, "float_head", out.weight).float()  # bfloat16 is off by 0.06
+    weight = getattr(model, "float_head", out.weight).float()  # logits in bfloat16 are off by 0.06
     before = torch.get_float32_matmul_precision()
     try:
-        if hidden.dtype == out.weight.dtype == torch.bfloat16:  # faster, and each product is exact
+        if hidden.dtype == out.weight.dtype == torch.bfloat16:  # faster: no number has more bits
             torch.set_float32_matmul_precision("medium")
         logits = F.linear(hidden.float(), weight, None if out.bias is None else out.bias.float())
     finally:
@@ -768,11 +767,11 @@ def micro_batches(policy: Policy, batch: Batch) -> list[tuple[Tensor, Batch]]:
 
 
 def on_tokens(policy: Policy, role: Role, terms, temperature: float, batch: Batch, *others: Tensor):
-    """One forward pass, then some of the N tokens at a time, as logits of all would not fit: yields
-    the batch with the mask of these, and their `terms(model, temperature, ids, hidden, *others)`,
-    (..., B, T). If you call backward() on each, behind the last one pass goes on from `hidden`."""
+    """One forward pass, then the N tokens in chunks, as logits of all would not fit. Yields a batch
+    whose mask is one chunk, and its `terms(model, temperature, ids, hidden, *others)`, (..., B, T),
+    0 elsewhere. Call backward() on each: the model's own backward pass follows behind the last."""
     hidden = completion_hidden(policy, role, batch)  # (N, D)
-    size = max(1, int(LOGITS * policy.micro_tokens) // len(policy.tokenizer))
+    size = max(1, LOGITS * (1 if policy.device.type == "cpu" else 32) // len(policy.tokenizer))
     order = batch.mask.flatten().cumsum(0).view_as(batch.mask) - 1  # of each among the N
     several = hidden.requires_grad and len(hidden) > size
     meeting = hidden.detach().requires_grad_() if several else hidden
@@ -1306,7 +1305,8 @@ def load_checkpoint(folder: Path, policy: Policy, state: State, cfg: Config) -> 
         if "format" in saved["reference"]:
             add_adapter(policy.model, "format", cfg.format_rank, cfg.format_rank, cfg.seed)
         policy.reference = saved["reference"]
-        policy.model.load_state_dict(saved["adapters"], strict=False)  # the base is not in it
+        if policy.model.load_state_dict(saved["adapters"], strict=False).unexpected_keys:
+            raise ValueError("its model has other layers")
         state.optimizer.load_state_dict(saved["optimizer"])
         state.step, state.kl_coef, state.before = (saved[n] for n in ("step", "kl_coef", "before"))
         state.began -= saved["seconds"]
