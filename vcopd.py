@@ -774,7 +774,7 @@ def on_tokens(policy: Policy, role: Role, terms, temperature: float, batch: Batc
     size = max(1, LOGITS * (1 if policy.device.type == "cpu" else 32) // len(policy.tokenizer))
     order = batch.mask.flatten().cumsum(0).view_as(batch.mask) - 1  # of each among the N
     several = hidden.requires_grad and len(hidden) > size
-    meeting = hidden.detach().requires_grad_() if several else hidden
+    meeting = hidden.detach().requires_grad_() if several else hidden  # of their gradients
     for i, some in enumerate(zip(*(t.split(size) for t in (meeting, *others)), strict=True)):
         mask = batch.mask & (order // size == i)
         flat = terms(policy.model, temperature, batch.completion[mask], *some)  # (..., n)
