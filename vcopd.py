@@ -597,7 +597,7 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base: nn.Module):
         super().__init__()
-        self.base = base.train(hasattr(base.weight, "quant_state"))  # else no gradient on CPUs
+        self.base = base.train(hasattr(base.weight, "quant_state"))  # 4 bits: else no CPU gradient
         self.shape = (base.nf, base.nx) if hasattr(base, "nf") else (base.out_features,
                                                                      base.in_features)
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
@@ -773,15 +773,14 @@ def on_tokens(policy: Policy, role: Role, terms, temperature: float, batch: Batc
     hidden = completion_hidden(policy, role, batch)  # (N, D)
     size = max(1, LOGITS * (1 if policy.device.type == "cpu" else 32) // len(policy.tokenizer))
     order = batch.mask.flatten().cumsum(0).view_as(batch.mask) - 1  # of each among the N
-    several = hidden.requires_grad and len(hidden) > size
-    meeting = hidden.detach().requires_grad_() if several else hidden  # of their gradients
-    for i, some in enumerate(zip(*(t.split(size) for t in (meeting, *others)), strict=True)):
+    cut = hidden.detach().requires_grad_() if hidden.grad_fn and len(hidden) > size else hidden
+    for i, some in enumerate(zip(*(t.split(size) for t in (cut, *others)), strict=True)):
         mask = batch.mask & (order // size == i)
         flat = terms(policy.model, temperature, batch.completion[mask], *some)  # (..., n)
         out = flat.new_zeros(*flat.shape[:-1], *mask.shape)
         yield replace(batch, mask=mask), out.masked_scatter(mask.expand_as(out), flat)
-    if several:
-        torch.autograd.backward(hidden, meeting.grad)
+    if cut is not hidden:  # where the gradients of all chunks have met
+        torch.autograd.backward(hidden, cut.grad)
 
 
 def solution_batch(policy: Policy, examples: list[tasks.Example]) -> Batch:
@@ -1305,8 +1304,9 @@ def load_checkpoint(folder: Path, policy: Policy, state: State, cfg: Config) -> 
         if "format" in saved["reference"]:
             add_adapter(policy.model, "format", cfg.format_rank, cfg.format_rank, cfg.seed)
         policy.reference = saved["reference"]
-        if policy.model.load_state_dict(saved["adapters"], strict=False).unexpected_keys:
-            raise ValueError("its model has other layers")
+        found = policy.model.load_state_dict(saved["adapters"], strict=False)
+        if other := [*found.unexpected_keys, *(k for k in found.missing_keys if ".lora_" in k)]:
+            raise ValueError(f"other adapters: {other[0]}")
         state.optimizer.load_state_dict(saved["optimizer"])
         state.step, state.kl_coef, state.before = (saved[n] for n in ("step", "kl_coef", "before"))
         state.began -= saved["seconds"]
